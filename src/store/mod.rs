@@ -11,10 +11,31 @@
 //! - An adapter retries what is safe to retry, with jitter, within the call's
 //!   deadline; what is then unknown is [`Error::Unknown`].
 
+pub mod fault;
+mod key;
+pub mod local;
+pub mod memory;
+mod probe;
+// pub mod s3;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+
+pub use self::{fault::FaultStore, local::LocalStore, memory::MemoryStore};
+
+/// The longest key, in bytes, without the adapter's prefix.
+pub const MAX_KEY_BYTES: usize = 512;
+
+/// The longest segment of a key, in bytes: a file name below the local store.
+pub const MAX_SEGMENT_BYTES: usize = 200;
+
+/// The largest object, in bytes. Objects are held in memory, whole.
+pub const MAX_OBJECT_BYTES: usize = 64 << 20;
+
+/// The most keys that one [`Store::list`] answers.
+pub const MAX_LIST_KEYS: usize = 1000;
 
 /// Shares a store between components.
 pub type SharedStore = Arc<dyn Store>;
@@ -93,4 +114,23 @@ pub enum Error {
         /// The store's code and words, without credentials.
         reason: String,
     },
+}
+
+// === impl Error ===
+
+impl Error {
+    /// Makes an [`Error::Unavailable`].
+    pub(crate) fn unavailable(operation: &'static str, key: &str, reason: impl Into<String>) -> Self {
+        Self::Unavailable { operation, key: key.to_owned(), reason: reason.into() }
+    }
+
+    /// Makes an [`Error::Unknown`].
+    pub(crate) fn unknown(operation: &'static str, key: &str, reason: impl Into<String>) -> Self {
+        Self::Unknown { operation, key: key.to_owned(), reason: reason.into() }
+    }
+
+    /// Makes an [`Error::Refused`].
+    pub(crate) fn refused(operation: &'static str, key: &str, reason: impl Into<String>) -> Self {
+        Self::Refused { operation, key: key.to_owned(), reason: reason.into() }
+    }
 }
