@@ -229,7 +229,7 @@ impl Folder {
 
     /// Proves that a missing name is missing from a store that is there: in a
     /// directory that was itself removed, every name is missing.
-    fn check_is_there(&self) -> Result<(), Fault> {
+    pub(super) fn check_is_there(&self) -> Result<(), Fault> {
         match rustix::fs::fstat(&self.root) {
             Ok(stat) if stat.st_nlink > 0 => Ok(()),
             Ok(_) => Err(Fault::Unchanged("the store's directory was removed".to_owned())),

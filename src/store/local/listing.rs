@@ -70,6 +70,8 @@ impl Folder {
                 }
             }
         }
+        // A removed directory still opens, and is empty.
+        self.check_is_there()?;
         Ok(listed)
     }
 
