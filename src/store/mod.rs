@@ -16,14 +16,14 @@ mod key;
 pub mod local;
 pub mod memory;
 mod probe;
-// pub mod s3;
+pub mod s3;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
-pub use self::{fault::FaultStore, local::LocalStore, memory::MemoryStore};
+pub use self::{fault::FaultStore, local::LocalStore, memory::MemoryStore, s3::S3Store};
 
 /// The longest key, in bytes, without the adapter's prefix.
 pub const MAX_KEY_BYTES: usize = 512;
