@@ -1,0 +1,131 @@
+//! The router, built from the table of routes.
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    extract::{Request, State},
+    http::StatusCode,
+    middleware::{Next, from_fn_with_state},
+    response::{IntoResponse, Response},
+};
+use tokio::sync::Semaphore;
+
+use super::{
+    Auth, PREFIX, Problem,
+    envelope::envelope,
+    guard::{Gate, guard},
+    handlers::handler,
+    origin, routes,
+};
+use crate::{clock::SharedClock, tenancy::Tenancy};
+
+/// Requests at once; one more is answered 503 `overloaded`. A claim that waits
+/// for a slot counts.
+const MAX_REQUESTS: usize = 2048;
+
+/// Gives the metrics in the OpenMetrics text format.
+pub type MetricsText = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// What the API works with.
+#[derive(Clone)]
+pub struct ApiState {
+    /// Carries out what is asked.
+    pub tenancy: Tenancy,
+    /// Knows who asks.
+    pub auth: Arc<Auth>,
+    /// Gives what `/metrics` answers.
+    pub metrics: MetricsText,
+    /// Makes request ids.
+    pub clock: SharedClock,
+}
+
+/// Builds the router: every route of [`routes()`] at the root and under [`PREFIX`].
+pub fn router(state: ApiState) -> Router {
+    let room = Arc::new(Semaphore::new(MAX_REQUESTS));
+    let mut router = Router::new();
+    for route in routes() {
+        for prefix in ["", PREFIX] {
+            let gate = Gate { auth: Arc::clone(&state.auth), route, room: Arc::clone(&room) };
+            let guarded = handler(route.endpoint).route_layer(from_fn_with_state(gate, guard));
+            router = router.route(&format!("{prefix}{}", route.path), guarded);
+        }
+    }
+    let (auth, clock) = (Arc::clone(&state.auth), Arc::clone(&state.clock));
+    enclose(router.with_state(state), auth, clock)
+}
+
+/// Adds what holds for every request, whether its route is known or not.
+fn enclose(router: Router, auth: Arc<Auth>, clock: SharedClock) -> Router {
+    router
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(auth, local_only))
+        .layer(from_fn_with_state(clock, envelope))
+}
+
+/// Without tokens, lets only this machine's own requests through.
+async fn local_only(State(auth): State<Arc<Auth>>, request: Request, next: Next) -> Response {
+    if auth.is_loopback()
+        && let Err(problem) = origin::check(request.method(), request.uri(), request.headers())
+    {
+        return problem.into_response();
+    }
+    next.run(request).await
+}
+
+async fn unknown_route(request: Request) -> Problem {
+    let path: String = request.uri().path().chars().take(200).collect();
+    Problem::new(
+        StatusCode::NOT_FOUND,
+        "unknown_route",
+        format!("there is no route {} {path}", request.method()),
+    )
+}
+
+async fn method_not_allowed(request: Request) -> Problem {
+    Problem::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method_not_allowed",
+        format!("{} is not for this path; the Allow header lists what is", request.method()),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+    use axum::{body::Body, routing::get};
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+
+    #[tokio::test]
+    async fn a_panic_is_answered_and_the_next_request_too() {
+        let routes = Router::new()
+            .route(
+                "/bad",
+                get(|| async {
+                    if true {
+                        panic!("on purpose")
+                    }
+                }),
+            )
+            .route("/good", get(|| async { "fine" }));
+        let service =
+            TowerToHyperService::new(enclose(routes, Arc::new(Auth::loopback()), Arc::new(SystemClock)));
+        let ask = |path: &str| {
+            let request = Request::get(path).header("host", "localhost").header("x-request-id", "r-1");
+            service.call(request.body(Body::empty()).unwrap())
+        };
+        let response = ask("/bad").await.unwrap();
+        assert_eq!(response.status(), 500);
+        assert_eq!(response.headers()["x-request-id"], "r-1");
+        let body = axum::body::to_bytes(response.into_body(), 10_000).await.unwrap();
+        let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(
+            (&problem["code"], &problem["detail"]),
+            (&"internal".into(), &"internal error (r-1)".into())
+        );
+        assert_eq!(ask("/good").await.unwrap().status(), 200);
+    }
+}

@@ -1,0 +1,127 @@
+//! The HTTP/1.1 server: connections, their limits, and the graceful end.
+
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::Router;
+use hyper::{
+    server::conn::http1,
+    service::{Service, service_fn},
+};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+/// How long a client may take to send a request's head, and how long a
+/// connection may stand idle between two requests.
+const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Bytes of a request's head at most.
+const MAX_HEAD_BYTES: usize = 32 * 1024;
+
+/// Connections at once; more wait in the kernel's queue.
+const MAX_CONNECTIONS: usize = 4096;
+
+/// How long requests may go on after the shutdown began. What they wait for
+/// goes on in its own task.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long to wait after a failed accept (no file descriptors left) before the next.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves `router` until `shutdown`, then lets the requests that have begun
+/// finish, within 30 s.
+///
+/// # Cancel safety
+/// Dropping the future ends every connection at once.
+pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // Owned here, so that dropping this future ends them all.
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let accept = async {
+            let permit = Arc::clone(&room).acquire_owned().await.expect("the semaphore is never closed");
+            (listener.accept().await, permit)
+        };
+        // Shutdown first: a steady stream of connections must not delay it.
+        let (accepted, permit) = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => break,
+            accepted = accept => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let connection = connection(stream, router.clone(), shutdown.clone());
+                connections.spawn(async move {
+                    connection.await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    let drained =
+        tokio::time::timeout(DRAIN_LIMIT, async { while connections.join_next().await.is_some() {} });
+    if drained.await.is_err() {
+        tracing::warn!(
+            late = connections.len(),
+            "connections are cut: their requests did not finish in time"
+        );
+    }
+}
+
+/// Serves one connection to its end.
+async fn connection(stream: TcpStream, router: Router, shutdown: CancellationToken) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY could not be set");
+    }
+    let has_begun = Arc::new(AtomicBool::new(false));
+    let service = TowerToHyperService::new(router);
+    let service = {
+        let has_begun = Arc::clone(&has_begun);
+        service_fn(move |request| {
+            has_begun.store(true, Ordering::Relaxed);
+            service.call(request)
+        })
+    };
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_DEADLINE)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = pin!(connection);
+    let result = tokio::select! {
+        biased;
+        result = connection.as_mut() => result,
+        () = shutdown.cancelled() => {
+            // A connection that never carried a request would be waited for
+            // until its first one came.
+            if !has_begun.load(Ordering::Relaxed) {
+                return;
+            }
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}
