@@ -27,7 +27,11 @@ pub mod pool;
 
 pub mod tenancy;
 
+pub mod client;
+
 pub mod api;
 pub mod upkeep;
 
 pub mod app;
+
+pub mod cli;

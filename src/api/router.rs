@@ -128,4 +128,22 @@ mod tests {
         );
         assert_eq!(ask("/good").await.unwrap().status(), 200);
     }
+
+    #[tokio::test]
+    async fn probes_are_answered_when_there_is_no_room() {
+        let gated = |path: &'static str| {
+            let route = routes().iter().find(|route| route.path == path).unwrap();
+            let gate = Gate { auth: Arc::new(Auth::loopback()), route, room: Arc::new(Semaphore::new(0)) };
+            get(|| async { "fine" }).route_layer(from_fn_with_state(gate, guard))
+        };
+        let router = Router::new().route("/pools", gated("/pools")).route("/healthz", gated("/healthz"));
+        let service = TowerToHyperService::new(router);
+        let ask = |path: &str| service.call(Request::get(path).body(Body::empty()).unwrap());
+        let refused = ask("/pools").await.unwrap();
+        assert_eq!(
+            (refused.status().as_u16(), &refused.headers()["retry-after"]),
+            (503, &"1".parse().unwrap())
+        );
+        assert_eq!(ask("/healthz").await.unwrap().status(), 200);
+    }
 }
