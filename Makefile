@@ -32,7 +32,7 @@ doc: ## Builds the code's documentation, warnings denied
 
 unit: ## Tests that need neither Docker nor S3: the library's own, and the checks of the tree
 	cargo test --locked --lib --features crash_points
-	cargo test --locked --test tidy --test docs
+	cargo test --locked --test tidy --test docs --features crash_points
 
 image: ## Builds the container image boilerhouse:latest
 	@tools/image.sh
