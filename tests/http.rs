@@ -1,14 +1,15 @@
 //! The API over real sockets: who is let in, what is refused and how, how the
 //! server ends; and the command line against it.
 
-use std::{net::SocketAddr, os::unix::fs::PermissionsExt, process::Command, sync::Arc, time::Duration};
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{net::SocketAddr, os::unix::fs::PermissionsExt, process::Command, time::Duration};
 
 use boilerhouse::{
     api::{self, ApiState, Auth, RouteScope},
     client::{self, Client},
-    clock::SystemClock,
     model::{Secret, TenantId},
-    tenancy::Tenancy,
+    tenancy::{PoolStatus, Tenancy},
 };
 use reqwest::{Method, Response, header};
 use serde_json::{Value, json};
@@ -52,12 +53,7 @@ fn tokens() -> Auth {
 
 impl Server {
     async fn start(auth: Auth) -> Self {
-        let state = ApiState {
-            tenancy: tenancy(),
-            auth: Arc::new(auth),
-            metrics: Arc::new(|| "# EOF\n".to_owned()),
-            clock: Arc::new(SystemClock),
-        };
+        let state = ApiState::new(tenancy(), auth, || "# EOF\n".to_owned());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
@@ -364,4 +360,57 @@ async fn the_exit_status_says_what_went_wrong() {
 
     let (code, _, err) = program(&["pools", "--url", NOBODY], &[]).await;
     assert!(code == 3 && err.contains("cannot be reached") && err.contains("boilerhouse serve"), "{err}");
+}
+
+/// Answers one request with a JSON text, whatever it asks.
+async fn answer_once(body: String) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(answer.as_bytes()).await.unwrap();
+    });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pools_are_shown_with_every_count() {
+    let (n, reason) = (7, "no such image\u{1b}[2J");
+    let pool = PoolStatus {
+        workload: "web".into(),
+        spec_hash: "h".into(),
+        target: n,
+        max: n,
+        ready: n,
+        warming: n,
+        creating: n,
+        claimed: n,
+        releasing: n,
+        parked: n,
+        stranded: n,
+        lost: n,
+        retiring: n,
+        waiting: n,
+        last_error: Some(reason.into()),
+        retry_in_ms: None,
+    };
+    let body = serde_json::to_string(&[&pool]).unwrap();
+    let url = answer_once(body.clone()).await;
+    let (code, out, err) = program(&["pools"], &[("BOILERHOUSE_URL", &url)]).await;
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(out.matches('7').count(), 12, "each count has its column: {out}");
+    assert!(out.contains("web: no such image\\u{1b}[2J"), "{out}");
+
+    let url = answer_once(body).await;
+    let (code, out, _) = program(&["pools", "--json", "--url", &url], &[]).await;
+    let shown: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, shown), (0, serde_json::to_value([pool]).unwrap()));
 }

@@ -23,6 +23,6 @@ mod tokens;
 
 pub use auth::{Auth, AuthError, AuthErrors, Scope};
 pub use problem::Problem;
-pub use router::{ApiState, MetricsText, router};
+pub use router::{ApiState, router};
 pub use routes::{BodyRule, MAX_BODY_BYTES, MAX_CLAIM_BYTES, PREFIX, Route, RouteScope, routes};
 pub use server::serve;

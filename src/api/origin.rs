@@ -121,8 +121,10 @@ mod tests {
 
     #[test]
     fn requests_from_elsewhere_are_refused() {
+        type Row =
+            (&'static str, &'static str, &'static [(&'static str, &'static str)], Option<&'static str>);
         #[rustfmt::skip]
-        let rows: [(&str, &str, &[(&str, &str)], Option<&str>); 17] = [
+        let rows: [Row; 17] = [
             ("GET", "/pools", &[("host", "127.0.0.1:3000")], None),
             ("POST", "/x", &[("host", "localhost")], None),
             ("POST", "/x", &[("host", "localhost"), ("origin", "http://localhost:8080")], None),

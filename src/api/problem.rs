@@ -34,42 +34,48 @@ use crate::tenancy;
 /// An error as it is answered.
 ///
 /// Serialises as RFC 9457 asks, with `type` always `about:blank`: programs
-/// look at `code`, which is stable.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+/// look at `code`, which is stable. Small enough to be returned by value.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    #[serde(rename = "type")]
-    kind: &'static str,
+    status: StatusCode,
+    code: Cow<'static, str>,
+    detail: Box<str>,
+    field: Option<Box<str>>,
+    allowed: Vec<String>,
+    retry_after_ms: Option<u64>,
+    challenge: Option<&'static str>,
+}
+
+/// The document that a problem serialises as.
+#[derive(Serialize)]
+struct Document<'a> {
+    r#type: &'static str,
     /// The status' own words.
     title: &'static str,
     /// The HTTP status.
     status: u16,
     /// Stable, for programs.
-    code: Cow<'static, str>,
+    code: &'a str,
     /// For people: what is wrong and what to do.
-    detail: String,
+    detail: &'a str,
     /// The path of the field at fault, as `secrets.api_key`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    field: Option<String>,
+    field: Option<&'a str>,
     /// What would have been accepted, where that is a set of names or a pattern.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    allowed: Vec<String>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    allowed: &'a [String],
     /// How long to wait before another attempt, where waiting helps.
     #[serde(skip_serializing_if = "Option::is_none")]
     retry_after_ms: Option<u64>,
-    /// The value of `WWW-Authenticate`, with 401.
-    #[serde(skip)]
-    challenge: Option<&'static str>,
 }
 
 // === impl Problem ===
 
 impl Problem {
     /// Creates a problem of a status and a stable code.
-    pub fn new(status: StatusCode, code: impl Into<Cow<'static, str>>, detail: impl Into<String>) -> Self {
+    pub fn new(status: StatusCode, code: impl Into<Cow<'static, str>>, detail: impl Into<Box<str>>) -> Self {
         Self {
-            kind: "about:blank",
-            title: status.canonical_reason().unwrap_or("Error"),
-            status: status.as_u16(),
+            status,
             code: code.into(),
             detail: detail.into(),
             field: None,
@@ -93,7 +99,7 @@ impl Problem {
 
     /// Names the field at fault.
     #[must_use]
-    pub fn field(mut self, field: impl Into<String>) -> Self {
+    pub fn field(mut self, field: impl Into<Box<str>>) -> Self {
         self.field = Some(field.into());
         self
     }
@@ -112,7 +118,7 @@ impl Problem {
         self
     }
 
-    /// Adds the challenge of a 401.
+    /// Adds the value of `WWW-Authenticate`, with 401.
     #[must_use]
     pub fn challenge(mut self, challenge: &'static str) -> Self {
         self.challenge = Some(challenge);
@@ -121,7 +127,7 @@ impl Problem {
 
     /// Returns the HTTP status.
     pub fn status(&self) -> u16 {
-        self.status
+        self.status.as_u16()
     }
 
     /// Returns the stable code.
@@ -130,11 +136,27 @@ impl Problem {
     }
 }
 
+impl Serialize for Problem {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Document {
+            r#type: "about:blank",
+            title: self.status.canonical_reason().unwrap_or("Error"),
+            status: self.status.as_u16(),
+            code: &self.code,
+            detail: &self.detail,
+            field: self.field.as_deref(),
+            allowed: &self.allowed,
+            retry_after_ms: self.retry_after_ms,
+        }
+        .serialize(serializer)
+    }
+}
+
 impl From<tenancy::Error> for Problem {
     fn from(error: tenancy::Error) -> Self {
         use tenancy::Error as E;
         let detail = error.to_string();
-        let of = |status: StatusCode, code: &'static str| Problem::new(status, code, detail.clone());
+        let of = |status: StatusCode, code: &'static str| Problem::new(status, code, detail.as_str());
         match error {
             E::UnknownWorkload { known, .. } => {
                 of(StatusCode::NOT_FOUND, "unknown_workload").field("workload").allowed(known)
@@ -170,9 +192,8 @@ impl From<tenancy::Error> for Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let body = serde_json::to_vec(&self).expect("strings and numbers always serialise");
-        let mut response = (status, body).into_response();
+        let mut response = (self.status, body).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if let Some(ms) = self.retry_after_ms {

@@ -18,26 +18,37 @@ use super::{
     handlers::handler,
     origin, routes,
 };
-use crate::{clock::SharedClock, tenancy::Tenancy};
+use crate::{
+    clock::{SharedClock, SystemClock},
+    tenancy::Tenancy,
+};
 
 /// Requests at once; one more is answered 503 `overloaded`. A claim that waits
 /// for a slot counts.
 const MAX_REQUESTS: usize = 2048;
 
 /// Gives the metrics in the OpenMetrics text format.
-pub type MetricsText = Arc<dyn Fn() -> String + Send + Sync>;
+pub(super) type MetricsText = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// What the API works with.
 #[derive(Clone)]
 pub struct ApiState {
     /// Carries out what is asked.
-    pub tenancy: Tenancy,
+    pub(super) tenancy: Tenancy,
     /// Knows who asks.
-    pub auth: Arc<Auth>,
+    pub(super) auth: Arc<Auth>,
     /// Gives what `/metrics` answers.
-    pub metrics: MetricsText,
+    pub(super) metrics: MetricsText,
     /// Makes request ids.
-    pub clock: SharedClock,
+    pub(super) clock: SharedClock,
+}
+
+impl ApiState {
+    /// Puts together what the API works with; `metrics` gives the text of
+    /// `/metrics` each time it is called.
+    pub fn new(tenancy: Tenancy, auth: Auth, metrics: impl Fn() -> String + Send + Sync + 'static) -> Self {
+        Self { tenancy, auth: Arc::new(auth), metrics: Arc::new(metrics), clock: Arc::new(SystemClock) }
+    }
 }
 
 /// Builds the router: every route of [`routes()`] at the root and under [`PREFIX`].
@@ -94,7 +105,6 @@ async fn method_not_allowed(request: Request) -> Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::SystemClock;
     use axum::{body::Body, routing::get};
     use hyper::service::Service;
     use hyper_util::service::TowerToHyperService;

@@ -338,40 +338,11 @@ mod tests {
 
     #[test]
     fn a_pool_that_cannot_fill_says_why() {
-        let pool = crate::tenancy::PoolStatus {
-            workload: "web".into(),
-            target: 5,
-            max: 50,
-            last_error: Some("no such image".into()),
-            retry_in_ms: Some(5000),
-            ..Default::default()
-        };
-        let out = pools(&serde_json::to_value([pool]).unwrap());
+        let pool =
+            json!({"workload": "web", "target": 5, "last_error": "no such image", "retry_in_ms": 5000});
+        let out = pools(&json!([pool]));
         assert!(out.starts_with("WORKLOAD  TARGET  READY"), "{out}");
         assert!(out.ends_with("\nweb: no such image (next attempt in 5s)\n"), "{out}");
-    }
-
-    /// Each column of the table is a field of the answer.
-    #[test]
-    fn the_columns_of_pools_are_fields() {
-        let counts = |n| crate::tenancy::PoolStatus {
-            workload: "w".into(),
-            target: n,
-            max: n,
-            ready: n,
-            warming: n,
-            creating: n,
-            claimed: n,
-            releasing: n,
-            parked: n,
-            stranded: n,
-            lost: n,
-            retiring: n,
-            waiting: n,
-            ..Default::default()
-        };
-        let out = pools(&serde_json::to_value([counts(7)]).unwrap());
-        assert_eq!(out.matches('7').count(), 12, "{out}");
     }
 
     #[test]

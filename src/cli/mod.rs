@@ -14,7 +14,6 @@ mod server;
 mod table;
 
 use std::{
-    error::Error as _,
     ffi::OsString,
     io::{self, Write},
     process::ExitCode,
@@ -118,9 +117,13 @@ fn explained(failure: &Failure) -> String {
         Failure::Client(error) => text += &causes(error),
         Failure::Usage(_) => text += "\nFor more information, try '--help'.\n",
         Failure::Input { .. } => {}
-        // Many problems at once stand on a line each.
+        // Many problems at once stand on a line each, causes indented beneath.
         Failure::Process(problem) => {
-            text = problem.lines().map(|line| format!("error: {}\n", printable(line))).collect();
+            let line = |line: &str| match line.starts_with(' ') {
+                true => format!("{}\n", printable(line)),
+                false => format!("error: {}\n", printable(line)),
+            };
+            text = problem.lines().map(line).collect();
         }
     }
     text
@@ -149,7 +152,8 @@ fn problem_text(problem: &client::Problem) -> String {
     text
 }
 
-fn causes(error: &client::Error) -> String {
+/// Returns the causes of an error, one a line.
+fn causes(error: &dyn std::error::Error) -> String {
     let mut text = String::new();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -191,7 +195,7 @@ mod tests {
         let address = client::Error::Address { given: "x".into(), problem: "is no URL".into() };
         assert_eq!(status(&Failure::Client(address)), 2);
         assert_eq!(status(&Failure::Process(String::new())), 1);
-        let text = explained(&Failure::Process("tokens:1: bad\ntokens:2: bad".into()));
-        assert_eq!(text, "error: tokens:1: bad\nerror: tokens:2: bad\n");
+        let text = explained(&Failure::Process("tokens:1: bad\ntokens:2: bad\n  because: x\n".into()));
+        assert_eq!(text, "error: tokens:1: bad\nerror: tokens:2: bad\n  because: x\n");
     }
 }
