@@ -4,24 +4,6 @@
 //! ([`Auth::read`]); the server keeps only their SHA-256 and compares against
 //! every one of them in constant time. What a token reaches is decided in one
 //! place, [`authorize`], which denies what it does not know.
-//!
-//! # The tokens file
-//! One token a line: a name (it appears in logs), a scope, and the token or its
-//! hash. Fields are separated by spaces or tabs; `#` begins a comment line.
-//! ```text
-//! # name      scope                      token, or sha256:<its SHA-256 in hex>
-//! platform    admin                      sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
-//! acme-app    tenant:acme                4c1f0a9e4b7d...
-//! resellers   tenant:acme,tenant:globex  sha256:60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752
-//! ```
-//! A token has 16 to 512 characters of `A-Z a-z 0-9 - . _ ~ + / =`; make one
-//! with `openssl rand -hex 32`, and its hash with `printf %s TOKEN | sha256sum`.
-//! The file must not be readable or writable by others (`chmod 640` or less).
-//! Scope `admin` reaches every route; `tenant:<id>` that tenant's routes only.
-//!
-//! # Without a tokens file
-//! Everyone who reaches the server is an admin; [`super::origin`] lets only
-//! this machine's own requests through.
 
 use std::{collections::BTreeSet, path::Path, sync::Arc};
 
@@ -44,6 +26,24 @@ pub enum Scope {
 }
 
 /// The tokens that are known, or none: then only this machine is served.
+///
+/// # The tokens file
+/// One token a line: a name (it appears in logs), a scope, and the token or its
+/// hash. Fields are separated by spaces or tabs; `#` begins a comment line.
+/// ```text
+/// # name      scope                      token, or sha256:<its SHA-256 in hex>
+/// platform    admin                      sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+/// acme-app    tenant:acme                4c1f0a9e4b7d...
+/// resellers   tenant:acme,tenant:globex  sha256:60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752
+/// ```
+/// A token has 16 to 512 characters of `A-Z a-z 0-9 - . _ ~ + / =`; make one
+/// with `openssl rand -hex 32`, and its hash with `printf %s TOKEN | sha256sum`.
+/// The file must not be readable or writable by others (`chmod 640` or less).
+/// Scope `admin` reaches every route; `tenant:<id>` that tenant's routes only.
+///
+/// # Without a tokens file
+/// Everyone who reaches the server is an admin; only this
+/// machine's own requests are let through.
 #[derive(Debug)]
 pub struct Auth {
     tokens: Option<Vec<Token>>,
@@ -114,7 +114,7 @@ impl Auth {
         Self { tokens: None }
     }
 
-    /// Reads a tokens file; its format is in the module's docs.
+    /// Reads a tokens file; its format is in [`Auth`]'s docs.
     ///
     /// # Errors
     /// Every problem of the file at once, each with its line. No message ever

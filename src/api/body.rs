@@ -304,4 +304,12 @@ mod tests {
             assert_eq!(found, expected, "{uri}");
         }
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_does_not_come_is_not_waited_for() {
+        let endless = Body::from_stream(futures_util::stream::pending::<Result<Vec<u8>, std::io::Error>>());
+        let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, "application/json".parse().unwrap())]);
+        let problem = read::<ClaimRequest>(&headers, endless, 100).await.unwrap_err();
+        assert_eq!((problem.status(), problem.code()), (408, "body_timeout"));
+    }
 }

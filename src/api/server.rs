@@ -125,3 +125,46 @@ async fn connection(stream: TcpStream, router: Router, shutdown: CancellationTok
         tracing::debug!(%error, "a connection ended early");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::{body::Bytes, routing::post};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    /// Sends the beginning of a request and returns what comes until the server
+    /// ends the connection. Time is paused: it moves on when nothing else does.
+    async fn send_and_wait(beginning: &str) -> String {
+        let routes = Router::new().route("/", post(|_: Bytes| async { "read" }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let mut server = JoinSet::new();
+        server.spawn(serve(listener, routes, shutdown));
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(beginning.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        let read = stream.read_to_string(&mut answer);
+        tokio::time::timeout(2 * HEAD_DEADLINE, read).await.expect("the server hangs up").unwrap();
+        answer
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_does_not_end_its_head_is_hung_up_on() {
+        assert_eq!(send_and_wait("POST / HTTP/1.1\r\nHost: lo").await, "");
+        assert_eq!(send_and_wait("").await, "");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_connection_is_hung_up_on() {
+        let answer = send_and_wait("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n").await;
+        assert!(answer.ends_with("\r\n\r\nread"), "{answer}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_has_a_size() {
+        let head = format!("POST / HTTP/1.1\r\nHost: localhost\r\nX: {}", "x".repeat(MAX_HEAD_BYTES));
+        let answer = send_and_wait(&head).await;
+        assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    }
+}

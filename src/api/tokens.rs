@@ -1,4 +1,4 @@
-//! The tokens file; its format is in [`super::auth`].
+//! The tokens file; its format is in the docs of [`super::Auth`].
 //!
 //! A message about a line never repeats any of its text: fields in the wrong
 //! order would put the token into the log.
