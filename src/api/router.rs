@@ -108,9 +108,32 @@ mod tests {
     use axum::{body::Body, routing::get};
     use hyper::service::Service;
     use hyper_util::service::TowerToHyperService;
+    use std::{
+        io::Write,
+        sync::{Mutex, PoisonError},
+    };
+
+    /// Collects what is logged.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
 
     #[tokio::test]
-    async fn a_panic_is_answered_and_the_next_request_too() {
+    async fn a_panic_is_answered_and_logged_and_the_next_request_is_answered_too() {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
         let routes = Router::new()
             .route(
                 "/bad",
@@ -136,6 +159,9 @@ mod tests {
             (&problem["code"], &problem["detail"]),
             (&"internal".into(), &"internal error (r-1)".into())
         );
+        let logged = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let line = logged.lines().find(|line| line.contains("panicked")).expect("the panic is logged");
+        assert!(line.contains("ERROR") && line.contains("r-1") && line.contains("on purpose"), "{line}");
         assert_eq!(ask("/good").await.unwrap().status(), 200);
     }
 

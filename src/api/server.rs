@@ -1,19 +1,9 @@
 //! The HTTP/1.1 server: connections, their limits, and the graceful end.
 
-use std::{
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use axum::Router;
-use hyper::{
-    server::conn::http1,
-    service::{Service, service_fn},
-};
+use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -93,30 +83,16 @@ async fn connection(stream: TcpStream, router: Router, shutdown: CancellationTok
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
-    let has_begun = Arc::new(AtomicBool::new(false));
-    let service = TowerToHyperService::new(router);
-    let service = {
-        let has_begun = Arc::clone(&has_begun);
-        service_fn(move |request| {
-            has_begun.store(true, Ordering::Relaxed);
-            service.call(request)
-        })
-    };
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
         .max_buf_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let mut connection = pin!(connection);
     let result = tokio::select! {
         biased;
         result = connection.as_mut() => result,
         () = shutdown.cancelled() => {
-            // A connection that never carried a request would be waited for
-            // until its first one came.
-            if !has_begun.load(Ordering::Relaxed) {
-                return;
-            }
             connection.as_mut().graceful_shutdown();
             connection.await
         }

@@ -32,6 +32,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Run the server, configured by BOILERHOUSE_* variables and the file in BOILERHOUSE_CONFIG
+    #[command(after_help = SERVE_HELP)]
     Serve,
     /// Check workload files without running anything
     Check(CheckArgs),
@@ -59,6 +60,15 @@ pub(super) enum Command {
     Secrets(SecretsCommand),
 }
 
+const SERVE_HELP: &str = "\
+Without a tokens file (BOILERHOUSE_API_TOKENS_FILE) it listens on 127.0.0.1 and serves this machine only.
+`boilerhouse config` prints every setting in force and where it came from. The first SIGTERM or SIGINT
+lets what runs finish, the second stops at once; nothing is lost either way.
+
+Examples:
+  BOILERHOUSE_WORKLOADS_DIR=./workloads boilerhouse serve
+  BOILERHOUSE_API_TOKENS_FILE=/etc/boilerhouse/tokens BOILERHOUSE_STORE=s3://states/prod boilerhouse serve";
+
 const CLAIM_EXAMPLES: &str = "\
 Examples:
   boilerhouse claim alice
@@ -72,7 +82,13 @@ Examples:
 #[derive(Debug, Args)]
 pub(super) struct ServerArgs {
     /// The server's address
-    #[arg(long, env = "BOILERHOUSE_URL", default_value = "http://127.0.0.1:3000", value_name = "URL")]
+    #[arg(
+        long,
+        env = "BOILERHOUSE_URL",
+        hide_env_values = true,
+        default_value = "http://127.0.0.1:3000",
+        value_name = "URL"
+    )]
     pub(super) url: String,
     /// Print the server's answer as JSON
     #[arg(long)]
