@@ -40,11 +40,13 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("script", &["model"]),
     // `runtime` for the mounts that a prepared slot asks for.
     ("state", &["model", "disk", "runtime", "store"]),
-    ("pool", &["model", "journal", "runtime", "state"]),
+    // `script` for the specs and revisions of the loaded workloads.
+    ("pool", &["model", "journal", "runtime", "script", "state"]),
     // `store` to tell a store that is down from one that refuses.
     ("tenancy", &["model", "journal", "runtime", "store", "script", "state", "pool"]),
     ("api", &["model", "tenancy"]),
-    ("upkeep", &["model", "tenancy"]),
+    // `runtime` for its events; `pool` and `store` to ask for work and health.
+    ("upkeep", &["model", "runtime", "store", "pool", "tenancy"]),
     (
         "app",
         &[
@@ -52,8 +54,9 @@ const LAYERS: &[(&str, &[&str])] = &[
             "upkeep",
         ],
     ),
-    ("client", &["model"]),
-    ("cli", &["model", "script", "app", "client"]),
+    // `tenancy` for the wire types it speaks.
+    ("client", &["model", "tenancy"]),
+    ("cli", &["model", "script", "tenancy", "app", "client"]),
 ];
 
 /// Macros live at the root of the crate whatever module writes them.
