@@ -44,6 +44,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("pool", &["model", "journal", "runtime", "script", "state"]),
     // `store` to tell a store that is down from one that refuses.
     ("tenancy", &["model", "journal", "runtime", "store", "script", "state", "pool"]),
+    // `tenancy` for the wire types it speaks.
+    ("client", &["model", "tenancy"]),
     ("api", &["model", "tenancy"]),
     // `runtime` for its events; `pool` and `store` to ask for work and health.
     ("upkeep", &["model", "runtime", "store", "pool", "tenancy"]),
@@ -54,8 +56,6 @@ const LAYERS: &[(&str, &[&str])] = &[
             "upkeep",
         ],
     ),
-    // `tenancy` for the wire types it speaks.
-    ("client", &["model", "tenancy"]),
     ("cli", &["model", "script", "tenancy", "app", "client"]),
 ];
 
@@ -407,7 +407,9 @@ fn leak_findings(path: &Path, text: &str, checkout: &str) -> Vec<String> {
         if checkout_counts && content.contains(checkout) {
             found("the path of this checkout; make it relative");
         }
-        if homes.iter().any(|home| content.contains(home)) {
+        // `/home/app` alone is a path that images have.
+        let somebodys = |home: &&str| content.split(*home).skip(1).any(|rest| is_somebody(rest));
+        if homes.iter().any(somebodys) {
             found("a path of somebody's home directory; make it relative, or use a neutral one");
         }
         for word in content.split(|c: char| c.is_whitespace() || "\"'`<>(),;".contains(c)) {
@@ -425,6 +427,12 @@ fn leak_findings(path: &Path, text: &str, checkout: &str) -> Vec<String> {
         }
     }
     findings
+}
+
+/// Whether what follows `/home/` is a name and something below it.
+fn is_somebody(rest: &str) -> bool {
+    let name: String = rest.chars().take_while(|c| c.is_alphanumeric() || "._-".contains(*c)).collect();
+    !name.is_empty() && rest[name.len()..].starts_with('/')
 }
 
 fn looks_like_mail(word: &str) -> bool {
@@ -481,6 +489,7 @@ fn a_path_of_a_machine_and_a_secret_are_found() {
         &format!("rustix{at}1.1"),
         "AKIAIOSFODNN7EXAMPLE",
         "/build/box",
+        concat!("mount /ho", "me/app, here"),
     ] {
         assert_eq!(check(good), 0, "{good}");
     }

@@ -36,7 +36,9 @@ if [ -z "${TEST_S3_ENV:-}" ]; then
   export TEST_S3_ENV=$PWD/target/radosgw/env
 fi
 
+# Apart and first, so that the last summary is that of tests.
+step "tests in the docs"
+cargo test --locked --doc --features crash_points
+
 step "tests"
-status=0
-cargo test --locked --no-fail-fast --features crash_points "$@" || status=$?
-exit "$status"
+cargo test --locked --no-fail-fast --features crash_points --lib --bins --tests "$@"
