@@ -34,8 +34,10 @@ packages=()
 reasons=()
 
 want() { # PACKAGES REASON
-  read -r -a names <<<"$1"
-  packages+=("${names[@]}")
+  local name
+  for name in $1; do
+    [[ " ${packages[*]} " == *" $name "* ]] || packages+=("$name")
+  done
   reasons+=("$2")
 }
 
