@@ -9,6 +9,7 @@ use std::{
 };
 
 use boilerhouse::{
+    api::{RouteScope, routes},
     model::{
         ClaimSource, ClaimState, Epoch, Revision, SlotId, SnapshotRef, StateSource, TenantId, WorkloadId,
     },
@@ -200,6 +201,24 @@ fn release_states_are_explained() {
         let row = format!("| `{}` | ", name.as_str().unwrap());
         assert!(readme.contains(&row), "the README does not explain {name}");
     }
+}
+
+// === The tables ===
+
+#[test]
+fn every_route_is_in_the_readme() {
+    let code: Vec<Vec<String>> = routes()
+        .iter()
+        .map(|route| {
+            let who = match route.scope {
+                RouteScope::Open => "anyone",
+                RouteScope::Tenant => "tenant",
+                RouteScope::Admin => "admin",
+            };
+            vec![format!("{} {}", route.method, route.path), who.to_owned(), route.doc.to_owned()]
+        })
+        .collect();
+    report(table_findings("routes", &table(&file("README.md"), "routes"), &code));
 }
 
 // === The commands, the links, the deployment ===
