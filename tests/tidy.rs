@@ -408,7 +408,7 @@ fn leak_findings(path: &Path, text: &str, checkout: &str) -> Vec<String> {
             found("the path of this checkout; make it relative");
         }
         // `/home/app` alone is a path that images have.
-        let somebodys = |home: &&str| content.split(*home).skip(1).any(|rest| is_somebody(rest));
+        let somebodys = |home: &&str| content.split(*home).skip(1).any(is_somebody);
         if homes.iter().any(somebodys) {
             found("a path of somebody's home directory; make it relative, or use a neutral one");
         }
