@@ -11,9 +11,15 @@
 //! - An outcome that is not known is [`Error::Unknown`], never a failure: the
 //!   caller looks it up with [`Runtime::inspect`] or [`Runtime::list`] before it decides.
 
+pub mod docker;
+pub mod fake;
 pub mod plan;
+pub mod seccomp;
 
-use std::{sync::Arc, time::Duration};
+#[cfg(test)]
+mod samples;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
@@ -44,15 +50,21 @@ pub trait Runtime: Send + Sync + 'static {
     /// Looks a container up by id or name; `None` when the engine has none such.
     async fn inspect(&self, id_or_name: &str) -> Result<Option<Observed>, Error>;
 
-    /// Lists this installation's containers, running or not.
+    /// Lists this installation's containers, running or not. Of one that ended, whether
+    /// it was killed for memory is only said by [`Runtime::inspect`].
     async fn list(&self, instance: &str) -> Result<Vec<Observed>, Error>;
 
     /// Runs a command in a running container and waits for its end, at most
     /// `request.timeout`; past it the command is killed and the error is
-    /// [`Error::Timeout`].
+    /// [`Error::Timeout`]. A command that cannot be run at all (not found, not executable)
+    /// ends with status 126 or 127, as in a shell.
+    ///
+    /// *Cancel safety*: the command goes on when the call is dropped. Whoever has a
+    /// deadline gives it as `request.timeout`.
     async fn exec(&self, id: &ContainerId, request: ExecRequest) -> Result<ExecOutput, Error>;
 
-    /// Sends a signal, e.g. `SIGHUP`, to the container's first process.
+    /// Sends a signal, e.g. `SIGHUP`, to the container's first process. A paused container
+    /// is a conflict: engines let one go on to deliver a signal.
     async fn signal(&self, id: &ContainerId, signal: &str) -> Result<(), Error>;
 
     /// Ends the container: `signal` (the image's own when `None`), `grace`, then
@@ -60,7 +72,8 @@ pub trait Runtime: Send + Sync + 'static {
     /// container is killed at once.
     async fn stop(&self, id: &ContainerId, signal: Option<&str>, grace: Duration) -> Result<(), Error>;
 
-    /// Stops and starts the container, with the same environment.
+    /// Stops (as [`Runtime::stop`] with the container's own signal) and starts the
+    /// container, with the same environment. The events show its death.
     async fn restart(&self, id: &ContainerId, grace: Duration) -> Result<(), Error>;
 
     /// Freezes every process of the container. Paused already is success.
@@ -73,8 +86,10 @@ pub trait Runtime: Send + Sync + 'static {
     /// Gone already is success.
     async fn remove(&self, id_or_name: &str) -> Result<(), Error>;
 
-    /// Streams deaths of this installation's containers. The stream ends when the
-    /// connection does; the caller lists and subscribes again.
+    /// Streams deaths of this installation's containers, asked for or not, from the
+    /// moment of the call. The stream ends when the connection does, and of itself now
+    /// and then; the caller subscribes again and *then* lists, so that nothing falls
+    /// between.
     async fn events(&self, instance: &str) -> Result<BoxStream<'static, Event>, Error>;
 }
 
@@ -251,3 +266,63 @@ pub enum Error {
 
 /// The cause of an error, shareable.
 pub type Cause = Arc<dyn std::error::Error + Send + Sync>;
+
+/// The label that names the installation.
+pub const LABEL_INSTANCE: &str = "boilerhouse.instance";
+/// The label that names the slot.
+pub const LABEL_SLOT: &str = "boilerhouse.slot";
+/// The label that names the workload.
+pub const LABEL_WORKLOAD: &str = "boilerhouse.workload";
+/// The label that carries the spec's hash.
+pub const LABEL_SPEC_HASH: &str = "boilerhouse.spec_hash";
+
+// === impl ContainerStatus ===
+
+impl ContainerStatus {
+    /// Returns whether its processes exist, frozen or not.
+    pub fn is_alive(&self) -> bool {
+        matches!(self, Self::Running | Self::Paused)
+    }
+}
+
+// === impl Labels ===
+
+impl Labels {
+    /// Returns the labels as an engine keeps them.
+    pub fn to_pairs(&self) -> [(&'static str, &str); 4] {
+        [
+            (LABEL_INSTANCE, &self.instance),
+            (LABEL_SLOT, self.slot.as_str()),
+            (LABEL_WORKLOAD, self.workload.as_str()),
+            (LABEL_SPEC_HASH, &self.spec_hash.0),
+        ]
+    }
+
+    /// Reads our labels among others; `None` when one is missing or malformed.
+    pub fn from_map(map: &HashMap<String, String>) -> Option<Self> {
+        Some(Self {
+            instance: map.get(LABEL_INSTANCE)?.clone(),
+            slot: SlotId::new(map.get(LABEL_SLOT)?.clone()).ok()?,
+            workload: WorkloadId::new(map.get(LABEL_WORKLOAD)?.clone()).ok()?,
+            spec_hash: SpecHash(map.get(LABEL_SPEC_HASH)?.clone()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_come_back_as_they_went() {
+        let labels = samples::labels("one", "s1", &samples::spec("demo", "demo:1"));
+        let mut map: HashMap<String, String> =
+            labels.to_pairs().map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        map.insert("other".into(), "x".into());
+        assert_eq!(Labels::from_map(&map), Some(labels));
+        map.insert(LABEL_SLOT.into(), "../etc".into());
+        assert_eq!(Labels::from_map(&map), None, "a slot that is no id");
+        map.remove(LABEL_SLOT);
+        assert_eq!(Labels::from_map(&map), None);
+    }
+}
