@@ -14,6 +14,9 @@
 //!   except [`SlotFiles::discard`], whose caller vouches for it.
 //! - P12: every walk is confined below its directory; links are data.
 
+pub mod host;
+mod snapshot;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use async_trait::async_trait;

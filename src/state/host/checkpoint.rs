@@ -1,0 +1,358 @@
+//! Copies of live trees, frozen under a short pause.
+//!
+//! The first pass copies while the program runs; the second, under pause, stats
+//! everything again and copies what differs. A stat alone is not enough:
+//!
+//! - *Racily clean*: a file changed twice within the clock's tick has the same
+//!   times. What changed less than [`RACY_SECONDS`] before the first pass began is
+//!   copied again.
+//! - *Dirty mmap pages move no time stamp*: the kernel sets it when a page becomes
+//!   dirty, not at each store. So the file system is synced before the first pass,
+//!   which makes the pages clean: any store after that is seen by the second
+//!   stat, and any that came between is racily clean. A sync within the pause adds
+//!   nothing. On a tmpfs no time stamp follows a store to a mapped page, and on a
+//!   file system that cannot be synced nothing is known: there every file is
+//!   copied again under pause.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rustix::io::Errno;
+
+use crate::{
+    disk::{self, Dir, Entry, Kind, Limits, Missing, Optional, Stat, Time},
+    model::{Key, SlotId},
+    state::CheckpointId,
+};
+
+use super::{
+    Error, HostFiles, Inner, Lane,
+    fill::TREE,
+    slot::{OwnerNote, STATE},
+    staging::Staging,
+};
+
+const RACY_SECONDS: i64 = 2;
+/// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`.
+const WITHOUT_WRITEBACK: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+
+/// The checkpoints that have been begun and not dropped.
+#[derive(Default)]
+pub(super) struct Checkpoints(Mutex<HashMap<String, Arc<Checkpoint>>>);
+
+struct Checkpoint {
+    slot: SlotId,
+    key: Key,
+    is_cancelled: Arc<AtomicBool>,
+    copy: Mutex<Copy>,
+    staging: Staging,
+}
+
+/// What the copy holds.
+struct Copy {
+    seen: HashMap<Vec<u8>, Stat>,
+    racy_since: Option<Time>,
+    skipped: u64,
+    is_frozen: bool,
+}
+
+/// Stops a copy whose caller has gone away.
+struct CancelOnDrop(Option<Arc<AtomicBool>>);
+
+// === impl HostFiles ===
+
+impl HostFiles {
+    /// First pass; see [`crate::state::SlotFiles::copy_live`].
+    pub(super) async fn begin_checkpoint(&self, slot: &SlotId, key: &Key) -> Result<CheckpointId, Error> {
+        let is_cancelled = Arc::new(AtomicBool::new(false));
+        let cancel = CancelOnDrop(Some(Arc::clone(&is_cancelled)));
+        let (slot, key) = (slot.clone(), key.clone());
+        let begun =
+            self.run(Lane::Copy, move |inner| Checkpoint::begin(inner, slot, key, is_cancelled)).await?;
+        cancel.disarm();
+        let id = begun.staging.name().to_owned();
+        let mut checkpoints = self.checkpoints.0.lock().unwrap_or_else(PoisonError::into_inner);
+        checkpoints.insert(id.clone(), Arc::new(begun));
+        Ok(CheckpointId(id))
+    }
+
+    /// Second pass; see [`crate::state::SlotFiles::copy_paused`]. Dropped, it stops
+    /// soon, and the checkpoint is good for nothing any more.
+    pub(super) async fn freeze_checkpoint(&self, id: &CheckpointId) -> Result<(), Error> {
+        let checkpoint = self.checkpoint(id)?;
+        let cancel = CancelOnDrop(Some(Arc::clone(&checkpoint.is_cancelled)));
+        let result = self.run(Lane::Paused, move |inner| checkpoint.freeze(inner)).await;
+        if result.is_ok() {
+            cancel.disarm();
+        }
+        result
+    }
+
+    /// Throws a checkpoint away, and a copying that is under way with it.
+    pub(super) async fn end_checkpoint(&self, id: &CheckpointId) -> Result<(), Error> {
+        let removed = self.checkpoints.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&id.0);
+        let Some(checkpoint) = removed else { return Ok(()) };
+        checkpoint.is_cancelled.store(true, Ordering::Relaxed);
+        self.run(Lane::Bulk, move |_| {
+            // Held while a copy is being made.
+            let _copy = checkpoint.copy.lock().unwrap_or_else(PoisonError::into_inner);
+            checkpoint.staging.remove()
+        })
+        .await
+    }
+
+    /// Opens a frozen copy; answers, too, how many entries it left out.
+    pub(super) fn frozen_tree(&self, id: &CheckpointId, key: &Key) -> Result<(Dir, u64), Error> {
+        let checkpoint = self.checkpoint(id)?;
+        let copy = checkpoint.copy.lock().unwrap_or_else(PoisonError::into_inner);
+        if !copy.is_frozen || checkpoint.key != *key {
+            return Err(refused(id, "it is no frozen copy of this state"));
+        }
+        Ok((checkpoint.staging.dir()?.open_dir(TREE)?, copy.skipped))
+    }
+
+    fn checkpoint(&self, id: &CheckpointId) -> Result<Arc<Checkpoint>, Error> {
+        let checkpoints = self.checkpoints.0.lock().unwrap_or_else(PoisonError::into_inner);
+        checkpoints.get(&id.0).map(Arc::clone).ok_or_else(|| refused(id, "there is no such checkpoint"))
+    }
+}
+
+fn refused(id: &CheckpointId, reason: &'static str) -> Error {
+    disk::Error::new("open checkpoint", &id.0, std::io::Error::other(reason)).into()
+}
+
+// === impl Checkpoint ===
+
+impl Checkpoint {
+    fn begin(
+        inner: &Arc<Inner>,
+        slot: SlotId,
+        key: Key,
+        is_cancelled: Arc<AtomicBool>,
+    ) -> Result<Self, Error> {
+        let state = live_tree(inner, &slot, &key)?;
+        let staging = Staging::make(inner, "checkpoint")?;
+        let dir = staging.dir()?;
+        let tree = dir.ensure_dir(TREE)?;
+        // The file system's own clock, which is the one that stamps the files.
+        let now = dir.stat()?.changed;
+        let is_trusted = !WITHOUT_WRITEBACK.contains(&state.file_system_type()?)
+            && state
+                .sync_file_system()
+                .inspect_err(
+                    |error| tracing::warn!(%error, cause = %error.source, "every file is copied under pause"),
+                )
+                .is_ok();
+        let racy_since = is_trusted.then(|| now.earlier(RACY_SECONDS));
+        let mut copy = Copy { seen: HashMap::new(), racy_since, skipped: 0, is_frozen: false };
+        let entries = disk::list(&state, &Limits::TREE, Missing::Skip, |_, _| !is_set(&is_cancelled))
+            .map_err(|error| Error::of_list(&key, error))?;
+        for entry in entries {
+            if let Some(stat) = copy_entry(&state, &tree, &entry, Missing::Skip, &is_cancelled)? {
+                copy.seen.insert(entry.path, stat);
+            }
+        }
+        Ok(Self { slot, key, is_cancelled, copy: Mutex::new(copy), staging })
+    }
+
+    fn freeze(&self, inner: &Inner) -> Result<(), Error> {
+        let mut copy = self.copy.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = live_tree(inner, &self.slot, &self.key)?;
+        let tree = self.staging.dir()?.open_dir(TREE)?;
+        let entries = disk::list(&state, &Limits::TREE, Missing::Error, |_, _| true)
+            .map_err(|error| Error::of_list(&self.key, error))?;
+        let mut seen = std::mem::take(&mut copy.seen);
+        copy.skipped = 0;
+        for entry in &entries {
+            let before = seen.remove(&entry.path);
+            copy.skipped += u64::from(entry.stat.kind == Kind::Other);
+            if is_unchanged(before.as_ref(), &entry.stat, copy.racy_since) {
+                continue;
+            }
+            if before.is_some() {
+                remove_path(&tree, &entry.path)?;
+            }
+            copy_entry(&state, &tree, entry, Missing::Error, &self.is_cancelled)?;
+        }
+        for path in seen.keys() {
+            remove_path(&tree, path)?;
+        }
+        // Last, for copying changes the times of directories.
+        for entry in entries.iter().filter(|entry| entry.stat.kind == Kind::Directory) {
+            set_dir(&tree.open_dir(&entry.path)?, &entry.stat)?;
+        }
+        set_dir(&tree, &state.stat()?)?;
+        if is_set(&self.is_cancelled) {
+            return Err(cancelled(&tree));
+        }
+        copy.is_frozen = true;
+        Ok(())
+    }
+}
+
+/// Decides whether the first pass's copy of an entry still holds. A directory is
+/// its entries, which are judged one by one, and metadata, which is set anyway.
+fn is_unchanged(before: Option<&Stat>, now: &Stat, racy_since: Option<Time>) -> bool {
+    let Some(before) = before else { return false };
+    if now.kind == Kind::Directory {
+        return before.kind == Kind::Directory;
+    }
+    let is_racy = racy_since.is_none_or(|since| now.modified >= since || now.changed >= since);
+    before == now && !is_racy
+}
+
+/// Copies one entry with its metadata; answers what it was when the copying began.
+fn copy_entry(
+    from: &Dir,
+    to: &Dir,
+    entry: &Entry,
+    missing: Missing,
+    is_cancelled: &AtomicBool,
+) -> Result<Option<Stat>, Error> {
+    if is_set(is_cancelled) {
+        return Err(cancelled(to));
+    }
+    let (parent, name) = disk::split_last(&entry.path);
+    // A parent that is not in the copy was no directory any more, or was gone.
+    let Some(to) = to.open_dir(parent).optional()? else { return Ok(None) };
+    match entry.stat.kind {
+        Kind::Other => Ok(Some(entry.stat)),
+        Kind::Directory => {
+            to.make_dir(name)?;
+            Ok(Some(entry.stat))
+        }
+        Kind::Symlink => {
+            to.make_symlink(name, entry.target.as_deref().unwrap_or_default())?;
+            to.set_owner_of(name, entry.stat.uid, entry.stat.gid)?;
+            to.set_modified_of(name, entry.stat.modified)?;
+            Ok(Some(entry.stat))
+        }
+        Kind::File => {
+            let opened = from.open_dir(parent).and_then(|from| from.open_file(name));
+            let (file, stat) = match opened {
+                Ok(opened) => opened,
+                Err(error) if missing == Missing::Skip && is_other_now(&error) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            copy_file(&file, &stat, &to, name, is_cancelled)?;
+            Ok(Some(stat))
+        }
+    }
+}
+
+fn copy_file(
+    from: &File,
+    stat: &Stat,
+    to: &Dir,
+    name: &[u8],
+    is_cancelled: &AtomicBool,
+) -> Result<(), Error> {
+    let failed = |operation| move |error| disk::Error::new(operation, to.label(name), error);
+    let file = to.create_file(name)?;
+    disk::copy_contents(from, &file, || !is_set(is_cancelled)).map_err(failed("copy"))?;
+    disk::set_file_metadata(&file, (stat.uid, stat.gid), stat.mode, stat.modified)
+        .map_err(failed("set metadata of"))?;
+    Ok(())
+}
+
+/// Removes a path from the copy; what is above it may be gone or something else already.
+fn remove_path(tree: &Dir, path: &[u8]) -> Result<(), Error> {
+    let (parent, name) = disk::split_last(path);
+    match tree.open_dir(parent) {
+        Ok(parent) => Ok(disk::remove(&parent, name)?),
+        Err(error) if is_other_now(&error) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Gone, or no longer of the kind it was.
+fn is_other_now(error: &disk::Error) -> bool {
+    error.is_missing()
+        || [Errno::LOOP, Errno::NOTDIR, Errno::ISDIR, Errno::INVAL].iter().any(|e| error.is(*e))
+}
+
+fn live_tree(inner: &Inner, slot: &SlotId, key: &Key) -> Result<Dir, Error> {
+    let slot_dir = inner.slot_dir(slot)?;
+    let state = slot_dir.open_dir(STATE)?;
+    if OwnerNote::read(&slot_dir)?.is_some_and(|note| note.is_of(key)) {
+        Ok(state)
+    } else {
+        Err(Error::NotEmpty { slot: slot.clone() })
+    }
+}
+
+fn set_dir(dir: &Dir, stat: &Stat) -> Result<(), Error> {
+    dir.set_owner(stat.uid, stat.gid)?;
+    dir.set_mode(stat.mode)?;
+    Ok(dir.set_modified(stat.modified)?)
+}
+
+fn is_set(flag: &AtomicBool) -> bool {
+    flag.load(Ordering::Relaxed)
+}
+
+fn cancelled(tree: &Dir) -> Error {
+    disk::Error::new("copy", tree.label(b""), std::io::Error::from(std::io::ErrorKind::Interrupted)).into()
+}
+
+// === impl CancelOnDrop ===
+
+impl CancelOnDrop {
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        if let Some(flag) = &self.0 {
+            flag.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: Stat = Stat {
+        kind: Kind::File,
+        mode: 0o600,
+        uid: 1,
+        gid: 1,
+        bytes: 5,
+        modified: Time { seconds: 100, nanoseconds: 0 },
+        changed: Time { seconds: 100, nanoseconds: 0 },
+        device: 1,
+        inode: 1,
+    };
+
+    #[test]
+    fn a_copy_holds_only_when_nothing_can_have_changed() {
+        let since = Some(Time { seconds: 200, nanoseconds: 0 });
+        let at = |seconds| Time { seconds, nanoseconds: 0 };
+        assert!(is_unchanged(Some(&OLD), &OLD, since));
+        assert!(!is_unchanged(None, &OLD, since), "it was not copied");
+        assert!(!is_unchanged(Some(&OLD), &OLD, None), "stats are not trusted here");
+        for (now, why) in [
+            (Stat { bytes: 6, ..OLD }, "size"),
+            (Stat { inode: 2, ..OLD }, "another file of that name"),
+            (Stat { modified: at(101), ..OLD }, "mtime"),
+            (Stat { changed: at(101), ..OLD }, "ctime, though the mtime was set back"),
+            (Stat { mode: 0o644, ..OLD }, "mode"),
+            (Stat { kind: Kind::Symlink, ..OLD }, "kind"),
+        ] {
+            assert!(!is_unchanged(Some(&OLD), &now, since), "{why}");
+        }
+        let racy = Stat { changed: at(200), ..OLD };
+        assert!(!is_unchanged(Some(&racy), &racy, since), "it may have changed again in the same tick");
+        let dir = Stat { kind: Kind::Directory, ..racy };
+        assert!(is_unchanged(Some(&dir), &Stat { changed: at(300), ..dir }, since));
+    }
+}

@@ -1,0 +1,286 @@
+//! Entries move: cache → slot at a claim, slot → cache at a release.
+
+use crate::{
+    disk::{self, Dir, Kind, Limits, Missing, Optional, Stat},
+    model::{Key, Owner, SlotId, SnapshotRef},
+};
+
+use super::{
+    Error, Fill, FillFrom, INLINE_ENTRIES, Inner, UNCLAIMED,
+    restore::FROM_NOTE,
+    slot::{OwnerNote, STATE, close},
+};
+
+/// The tree in its directory of the cache.
+pub(super) const TREE: &[u8] = b"tree";
+/// The mode of a state directory that never had one recorded.
+const FIRST_MODE: u32 = 0o700;
+/// Names are read this many at a time.
+const BATCH: usize = 1_024;
+
+/// What a slot holds, as far as a fill is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    /// Nothing: it is blank.
+    No,
+    /// This very fill has begun, and perhaps ended.
+    Same,
+    /// The same tenant's tree, of another fill: parked, or captured half.
+    OtherEpoch,
+}
+
+// === impl Inner: fill ===
+
+impl Inner {
+    /// Moves the cached tree into the slot and hands the directories over. May be
+    /// repeated after a crash at any point.
+    ///
+    /// # Errors
+    /// [`Error::NotEmpty`] when the slot holds something that is not this key's;
+    /// [`Error::Disk`] when the cache should have a tree and has none (P3).
+    pub(super) fn fill(&self, fill: &Fill) -> Result<u64, Error> {
+        let slot_dir = self.slot_dir(&fill.slot)?;
+        let state = slot_dir.open_dir(STATE).optional()?;
+        let begun = self.begun(fill, &slot_dir, state.as_ref())?;
+        let Some(state) = state else {
+            self.write_note(fill, &slot_dir)?;
+            self.hand_over_beside(fill)?;
+            return Ok(0);
+        };
+        let cached = self.cached_tree(&fill.key)?;
+        let root = state.stat()?;
+        if cached.is_none() && begun != Begun::Same && fill.from != FillFrom::Empty {
+            let path = self.layout.cache.label(fill.key.digest().as_bytes());
+            return Err(disk::Error::new("open", path, rustix::io::Errno::NOENT).into());
+        }
+        if let (Some(tree), Some(previous)) = (&cached, owner_to_replace(fill)) {
+            self.change_owner(&fill.key, tree, previous, fill.run_as)?;
+        }
+        // The note first: from the first entry on, it is known whose they are.
+        if begun != Begun::Same {
+            self.write_note(fill, &slot_dir)?;
+        }
+        let mut entries = 0;
+        if let Some(tree) = &cached {
+            let of_tree = tree.stat()?;
+            entries = move_entries(tree, &state)?;
+            state.set_modified(of_tree.modified)?;
+            hand_over(&state, fill.run_as, of_tree.mode)?;
+        } else if !is_handed_over(&root) {
+            hand_over(&state, fill.run_as, FIRST_MODE)?;
+        }
+        self.hand_over_beside(fill)?;
+        self.drop_cache_dir(&fill.key)?;
+        Ok(entries)
+    }
+
+    /// Returns whether a fill moves so little that changing threads costs more.
+    pub(super) fn is_short_fill(&self, fill: &Fill) -> Result<bool, Error> {
+        if owner_to_replace(fill).is_some() {
+            return Ok(false);
+        }
+        match self.cached_tree(&fill.key)? {
+            None => Ok(true),
+            Some(tree) => Ok(tree.names(INLINE_ENTRIES + 1)?.len() <= INLINE_ENTRIES),
+        }
+    }
+
+    /// Returns whether the tree of `snapshot` is in the cache, the slot, or both,
+    /// from a fill that did not end.
+    pub(super) fn is_restored(&self, fill: &Fill, snapshot: &SnapshotRef) -> Result<bool, Error> {
+        let slot_dir = self.slot_dir(&fill.slot)?;
+        let Some(state) = slot_dir.open_dir(STATE).optional()? else { return Ok(true) };
+        if self.begun(fill, &slot_dir, Some(&state))? == Begun::Same {
+            return Ok(true);
+        }
+        let Some(cached) = self.layout.cache.open_dir(fill.key.digest().as_bytes()).optional()? else {
+            return Ok(false);
+        };
+        Ok(super::restore::restored_from(&cached)?.as_deref() == Some(&snapshot.manifest))
+    }
+
+    fn begun(&self, fill: &Fill, slot_dir: &Dir, state: Option<&Dir>) -> Result<Begun, Error> {
+        let Some(state) = state else { return Ok(Begun::No) };
+        let is_empty = state.is_empty()?;
+        let note = OwnerNote::read(slot_dir)?;
+        let manifest = manifest_of(fill);
+        match note {
+            Some(note) if note.is_of(&fill.key) && note.epoch == fill.epoch && note.manifest == manifest => {
+                Ok(Begun::Same)
+            }
+            Some(note) if note.is_of(&fill.key) && !is_empty => Ok(Begun::OtherEpoch),
+            _ if is_empty => Ok(Begun::No),
+            _ => Err(Error::NotEmpty { slot: fill.slot.clone() }),
+        }
+    }
+
+    fn write_note(&self, fill: &Fill, slot_dir: &Dir) -> Result<(), Error> {
+        let note = OwnerNote {
+            tenant: fill.key.tenant.clone(),
+            workload: fill.key.workload.clone(),
+            epoch: fill.epoch,
+            manifest: manifest_of(fill),
+        };
+        note.write(slot_dir)
+    }
+
+    /// Hands over secrets and comm, as far as the slot has them.
+    fn hand_over_beside(&self, fill: &Fill) -> Result<(), Error> {
+        let name = fill.slot.as_str().as_bytes();
+        if let Some(secrets) = self.layout.secrets.open_dir(name).optional()? {
+            hand_over(&secrets, fill.run_as, 0o500)?;
+        }
+        if let Some(comm) = self.layout.sockets.open_dir(name).optional()? {
+            hand_over(&comm, fill.run_as, 0o700)?;
+        }
+        Ok(())
+    }
+
+    /// Opens a key's tree in the cache.
+    pub(super) fn cached_tree(&self, key: &Key) -> Result<Option<Dir>, Error> {
+        match self.layout.cache.open_dir(key.digest().as_bytes()).optional()? {
+            None => Ok(None),
+            Some(dir) => Ok(dir.open_dir(TREE).optional()?),
+        }
+    }
+
+    /// Removes the emptied directory of a key: what is not there is never taken
+    /// for a tree without entries.
+    fn drop_cache_dir(&self, key: &Key) -> Result<(), Error> {
+        let key_digest = key.digest();
+        let Some(dir) = self.layout.cache.open_dir(key_digest.as_bytes()).optional()? else { return Ok(()) };
+        dir.remove_file(FROM_NOTE).optional()?;
+        dir.remove_dir(TREE).optional()?;
+        self.layout.cache.remove_dir(key_digest.as_bytes()).optional()?;
+        Ok(())
+    }
+
+    /// Gives what was `previous`'s to `run_as`: a root without capabilities cannot
+    /// even read another user's private files. Done before the first move, so a
+    /// repetition finds the whole tree in one place.
+    fn change_owner(&self, key: &Key, tree: &Dir, previous: Owner, run_as: Owner) -> Result<(), Error> {
+        let entries = disk::list(tree, &Limits::TREE, Missing::Error, |_, _| true)
+            .map_err(|error| Error::of_list(key, error))?;
+        for entry in entries {
+            let (uid, gid) = map_owner((entry.stat.uid, entry.stat.gid), previous, run_as);
+            if (uid, gid) == (entry.stat.uid, entry.stat.gid) {
+                continue;
+            }
+            let (parent, name) = disk::split_last(&entry.path);
+            let parent = tree.open_dir(parent)?;
+            parent.set_owner_of(name, uid, gid)?;
+            // The kernel takes the set-id bits of a file whose owner changes.
+            if entry.stat.kind == Kind::File && entry.stat.mode & 0o6000 != 0 {
+                let (file, _) = parent.open_file(name)?;
+                rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(entry.stat.mode))
+                    .map_err(|errno| disk::Error::new("chmod", parent.label(name), errno))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+// === impl Inner: capture ===
+
+impl Inner {
+    /// Moves the slot's tree into the cache and closes the state directory. May be
+    /// repeated after a crash at any point.
+    ///
+    /// # Errors
+    /// [`Error::NotEmpty`] when the slot holds something that is not this key's.
+    pub(super) fn capture(&self, slot: &SlotId, key: &Key) -> Result<(), Error> {
+        let slot_dir = self.slot_dir(slot)?;
+        let Some(state) = slot_dir.open_dir(STATE).optional()? else { return Ok(()) };
+        if !OwnerNote::read(&slot_dir)?.is_some_and(|note| note.is_of(key)) {
+            // Never filled for this key, or for nobody: there is nothing of it here.
+            return if state.is_empty()? { Ok(()) } else { Err(Error::NotEmpty { slot: slot.clone() }) };
+        }
+        let root = state.stat()?;
+        if !is_handed_over(&root) {
+            // A capture that had ended, or a fill that had not: then the cache still
+            // has the tree's root and what is known of it.
+            if let Some(tree) = self.cached_tree(key)? {
+                let modified = tree.stat()?.modified;
+                move_entries(&state, &tree)?;
+                tree.set_modified(modified)?;
+            } else if !state.is_empty()? {
+                return Err(Error::NotEmpty { slot: slot.clone() });
+            }
+            return close(&state);
+        }
+        let dir = self.layout.cache.ensure_dir(key.digest().as_bytes())?;
+        let tree = dir.ensure_dir(TREE)?;
+        // A program may have changed the tree: it is no snapshot's any more.
+        dir.remove_file(FROM_NOTE).optional()?;
+        tree.set_owner(root.uid, root.gid)?;
+        tree.set_mode(root.mode)?;
+        move_entries(&state, &tree)?;
+        tree.set_modified(root.modified)?;
+        close(&state)
+    }
+
+    /// Returns whether a capture moves so little that changing threads costs more.
+    pub(super) fn is_short_capture(&self, slot: &SlotId) -> Result<bool, Error> {
+        match self.state_of(slot)? {
+            None => Ok(true),
+            Some(state) => Ok(state.names(INLINE_ENTRIES + 1)?.len() <= INLINE_ENTRIES),
+        }
+    }
+}
+
+/// Says who owns an entry when the program's user changes.
+pub(super) fn map_owner((uid, gid): (u32, u32), previous: Owner, run_as: Owner) -> (u32, u32) {
+    (if uid == previous.uid { run_as.uid } else { uid }, if gid == previous.gid { run_as.gid } else { gid })
+}
+
+/// Answers whose entries must change hands. A restore has seen to it already.
+fn owner_to_replace(fill: &Fill) -> Option<Owner> {
+    let is_restored = matches!(fill.from, FillFrom::Snapshot(_));
+    fill.previous_owner.filter(|previous| *previous != fill.run_as && !is_restored)
+}
+
+fn manifest_of(fill: &Fill) -> Option<String> {
+    match &fill.from {
+        FillFrom::Snapshot(snapshot) => Some(snapshot.manifest.clone()),
+        FillFrom::Empty | FillFrom::Cache => None,
+    }
+}
+
+fn is_handed_over(root: &Stat) -> bool {
+    root.uid != UNCLAIMED.uid
+}
+
+fn hand_over(dir: &Dir, run_as: Owner, mode: u32) -> Result<(), Error> {
+    dir.set_owner(run_as.uid, run_as.gid)?;
+    Ok(dir.set_mode(mode)?)
+}
+
+/// Moves every top-level entry; answers how many there were.
+fn move_entries(from: &Dir, to: &Dir) -> Result<u64, Error> {
+    let mut moved = 0;
+    loop {
+        let names = from.names(BATCH)?;
+        if names.is_empty() {
+            return Ok(moved);
+        }
+        for name in names {
+            from.move_to(&name, to, &name)?;
+            moved += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_previous_owner_is_replaced() {
+        let (previous, run_as) = (Owner { uid: 1_000, gid: 100 }, Owner { uid: 2_000, gid: 200 });
+        for (before, after) in
+            [((1_000, 100), (2_000, 200)), ((1_000, 0), (2_000, 0)), ((0, 100), (0, 200)), ((7, 8), (7, 8))]
+        {
+            assert_eq!(map_owner(before, previous, run_as), after);
+        }
+    }
+}
