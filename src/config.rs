@@ -1,11 +1,36 @@
 //! Configuration: one struct, its defaults in one place.
+//!
+//! Settings come from the environment, else from a RON file, else from the
+//! defaults; [`settings`] is the one table from which they are parsed, printed
+//! and documented. [`Config::load`] takes the environment as data and reports
+//! everything that is wrong at once. `BOILERHOUSE_*` variables that are not known
+//! are errors, except those of the client commands and those that Kubernetes
+//! makes of a service named `boilerhouse`.
 
-use std::path::PathBuf;
+mod error;
+mod file;
+mod instance;
+mod load;
+mod print;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod values;
 
+use std::{collections::BTreeMap, ffi::OsString, fmt, path::PathBuf};
+
+pub use self::{
+    error::{ConfigError, ConfigErrors},
+    instance::{instance, machine_id},
+    settings::{Fallback, Kind, Setting, settings},
+};
 use crate::model::Secret;
 
+/// What the names of our own variables begin with.
+const PREFIX: &str = "BOILERHOUSE_";
+
 /// Everything the server can be told.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// `BOILERHOUSE_API_PORT`
     pub api_port: u16,
@@ -41,7 +66,16 @@ pub struct Config {
     pub instance: Option<String>,
     /// `DOCKER_HOST`; none: the local socket.
     pub docker_host: Option<String>,
+    /// `BOILERHOUSE_CRASH_POINT`: the point, and at which passage (from 1) the server kills itself.
+    #[cfg(feature = "crash_points")]
+    pub crash_point: Option<(String, u32)>,
+    /// Where each setting came from.
+    pub origins: Origins,
 }
+
+/// Where settings came from, by key; what is not in it is the default.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Origins(pub(crate) BTreeMap<&'static str, String>);
 
 /// Where snapshots live.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,7 +92,7 @@ pub enum StoreLocation {
 }
 
 /// Credentials and place of an S3 server, as the AWS tools name them.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Aws {
     /// `AWS_ACCESS_KEY_ID`
     pub access_key_id: Option<String>,
@@ -68,6 +102,56 @@ pub struct Aws {
     pub session_token: Option<Secret>,
     /// `AWS_REGION`, else `AWS_DEFAULT_REGION`, else `us-east-1`.
     pub region: String,
-    /// `AWS_ENDPOINT_URL`
+    /// `AWS_ENDPOINT_URL_S3`, else `AWS_ENDPOINT_URL`; without a slash at its end.
     pub endpoint_url: Option<String>,
+}
+
+// === impl Config ===
+
+impl Config {
+    /// Makes a configuration of an environment (in `main`: `std::env::vars_os()`)
+    /// and of the RON file that it may name.
+    ///
+    /// Paths come out absolute; relative ones count from the working directory.
+    /// Nothing but the RON file is opened; directories and key files are looked
+    /// at by those who use them.
+    ///
+    /// # Errors
+    /// [`ConfigErrors`] holds everything that is wrong, each with its source.
+    pub fn load<N, V>(environment: impl IntoIterator<Item = (N, V)>) -> Result<Self, ConfigErrors>
+    where
+        N: Into<OsString>,
+        V: Into<OsString>,
+    {
+        load::load(environment.into_iter().map(|(name, value)| (name.into(), value.into())))
+    }
+
+    /// Writes what is in force as a RON file that can be loaded again, with a
+    /// comment at each setting that says where it came from. Secrets are left
+    /// out, with a comment in their place.
+    pub fn to_ron(&self) -> String {
+        print::to_ron(self)
+    }
+}
+
+// === impl StoreLocation ===
+
+impl fmt::Display for StoreLocation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory(path) => write!(f, "file://{}", path.display()),
+            Self::S3 { bucket, prefix } if prefix.is_empty() => write!(f, "s3://{bucket}"),
+            Self::S3 { bucket, prefix } => write!(f, "s3://{bucket}/{prefix}"),
+        }
+    }
+}
+
+// === impl Origins ===
+
+impl Origins {
+    /// Says where the setting with this key came from: a variable, `file:line:column`,
+    /// or `default`.
+    pub fn of(&self, key: &str) -> &str {
+        self.0.get(key).map_or("default", String::as_str)
+    }
 }

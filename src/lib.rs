@@ -11,6 +11,7 @@ pub mod clock;
 pub mod config;
 pub mod lifecycle;
 pub mod retry;
+pub mod seal;
 pub mod telemetry;
 
 pub mod model;
