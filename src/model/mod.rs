@@ -8,6 +8,7 @@ pub mod secret;
 pub mod slot;
 pub mod snapshot;
 pub mod spec;
+pub mod suggest;
 
 pub use claim::{ClaimSource, ClaimState, StateSource};
 pub use id::{ContainerId, Epoch, Key, Owner, Revision, SlotId, SpecHash, TenantId, WorkloadId};

@@ -3,13 +3,21 @@
 //! `parse` (see [`parse`]) reads a spec from JSON-like data and reports every
 //! violation at once, each with the path of its field.
 
+mod fields;
 mod parse;
+mod reader;
+mod rules;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::parse::parse;
+pub(crate) use self::reader::camel;
+pub use self::{
+    fields::{FieldDoc, Kind, fields},
+    parse::parse,
+    rules::{HOOKS, LATER_HOOKS},
+};
 use super::id::{SpecHash, WorkloadId};
 
 /// What a kind of container is.
@@ -201,9 +209,44 @@ pub struct Violation {
     pub allowed: String,
 }
 
+/// Something in a valid spec that an operator should know of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Warning {
+    /// The field.
+    pub path: String,
+    /// What follows from its value.
+    pub message: String,
+}
+
 // === impl WorkloadSpec ===
 
 impl WorkloadSpec {
+    /// Returns what is allowed and yet worth a second look.
+    pub fn warnings(&self) -> Vec<Warning> {
+        let mut warnings = Vec::new();
+        let mut warn =
+            |path: &str, message: String| warnings.push(Warning { path: path.to_owned(), message });
+        match &self.network {
+            Network::Named(name) if name == "bridge" => warn(
+                "network",
+                "on \"bridge\" tenants' containers can reach each other and the host's services".to_owned(),
+            ),
+            Network::None if !self.ports.is_empty() => {
+                warn(
+                    "ports",
+                    "with network \"none\" nothing outside the container reaches its ports".to_owned(),
+                );
+            }
+            Network::None | Network::Named(_) => {}
+        }
+        for name in &self.cap_add {
+            if rules::DANGEROUS_CAPABILITIES.contains(&name.as_str()) {
+                warn("cap_add", format!("with {name} tenants' code may leave its container"));
+            }
+        }
+        warnings
+    }
+
     /// Returns the hash that selects which slots fit: over every field that a
     /// container is made from, and none that it is not (a larger pool or
     /// another deadline replaces no slot).
