@@ -1,16 +1,415 @@
-//! Puts the parts together and runs them.
+//! Wires a node together, runs it, and takes it down in order.
 
-use crate::config::Config;
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
-/// Says why the server could not run.
+use arc_swap::ArcSwap;
+use tokio::net::TcpListener;
+use tracing::{error, info, warn};
+
+use crate::{
+    api::{self, ApiState, Auth},
+    clock::{SharedClock, SystemClock},
+    config::{self, Config, StoreLocation},
+    journal::{self, Journal, Loaded},
+    lifecycle::{CrashPoints, Tasks},
+    pool::{PoolParts, PoolStatus, Pools, capacity::Capacity},
+    runtime::{self, SharedRuntime, docker::DockerRuntime},
+    script::{Diagnostic, LoadOptions, Runner, RunnerOptions, Set, Sources},
+    seal::{self, MasterKey},
+    state::{self, SharedFiles, host::{HostDirs, HostFiles}},
+    store::{self, SharedStore, local::LocalStore, s3::{Limits, S3Store}},
+    telemetry::{Metrics, PoolSample},
+    tenancy::{Parts, Tenancy},
+    upkeep::Upkeep,
+};
+
+/// How long saves and releases that run may take at shutdown.
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+/// How long aborted tasks may take to end.
+const ABORT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Everything a node is made of; the ports may be real or fake.
+pub struct NodeParts {
+    /// Time and randomness.
+    pub clock: SharedClock,
+    /// The container engine.
+    pub runtime: SharedRuntime,
+    /// The object store, for health only: state goes through `files`.
+    pub store: SharedStore,
+    /// The slots' directories and the store behind them.
+    pub files: SharedFiles,
+    /// The durable record.
+    pub journal: Journal,
+    /// What was in it.
+    pub loaded: Loaded,
+    /// The workloads.
+    pub set: Set,
+    /// Runs hooks.
+    pub runner: Runner,
+    /// Seals stored secrets.
+    pub master_key: Option<MasterKey>,
+    /// This installation's identity.
+    pub instance: String,
+    /// Identifies this boot of the machine.
+    pub boot_id: String,
+    /// Names the store, to notice when it is another one.
+    pub store_name: String,
+    /// `BOILERHOUSE_MAX_CONTAINERS`
+    pub max_containers: u32,
+    /// `BOILERHOUSE_IDLE_TIMEOUT_MS`
+    pub idle_timeout_ms: u64,
+    /// Where a test may stop the node.
+    pub crash: CrashPoints,
+}
+
+/// A running node, without its listener.
+pub struct Node {
+    /// Claims and releases.
+    pub tenancy: Tenancy,
+    /// Pools.
+    pub pools: Pools,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Everything that runs.
+    pub tasks: Tasks,
+    /// Work that time asks for; started by [`Node::start_upkeep`], or called by hand in tests.
+    pub upkeep: Upkeep,
+}
+
+/// Says why the server does not run.
 #[derive(Debug, thiserror::Error)]
-#[error("the server cannot run")]
-pub struct Error;
+pub enum Error {
+    /// A file or the listener cannot be used.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The workloads or scripts have errors; all of them.
+    #[error("workloads cannot be loaded:\n{0}")]
+    Scripts(String),
+    /// The journal cannot be opened.
+    #[error("journal cannot be opened")]
+    Journal(#[source] journal::Error),
+    /// The directories cannot be used.
+    #[error("state directories cannot be used")]
+    State(#[source] state::Error),
+    /// The store's configuration is wrong.
+    #[error("store cannot be used")]
+    Store(#[source] store::Error),
+    /// The engine's configuration is wrong.
+    #[error("container engine cannot be used")]
+    Runtime(#[source] runtime::Error),
+    /// The engine answers and cannot serve us.
+    #[error("container engine cannot be used: {0}")]
+    Engine(String),
+    /// The master key cannot be read.
+    #[error("master key cannot be used")]
+    MasterKey(#[source] seal::KeyError),
+    /// The tokens cannot be read; all errors.
+    #[error("tokens cannot be used:\n{0}")]
+    Tokens(String),
+    /// The state directory belongs to another store.
+    #[error(
+        "this state directory's journal belongs to the store {before}, and BOILERHOUSE_STORE is {now}; \
+         use another state directory, or the store it belongs to"
+    )]
+    OtherStore {
+        /// Which it belongs to.
+        before: String,
+        /// Which was given.
+        now: String,
+    },
+    /// The scheduler cannot be set up.
+    #[error("scheduler cannot be set up: {0}")]
+    Scheduler(String),
+}
+
+// === impl Node ===
+
+impl Node {
+    /// Starts a node: it adopts what survived and then serves.
+    ///
+    /// # Errors
+    /// [`Error::OtherStore`].
+    pub fn start(parts: NodeParts) -> Result<Self, Error> {
+        if let Err(before) = Tenancy::check_store(&parts.loaded, &parts.store_name) {
+            return Err(Error::OtherStore { before, now: parts.store_name });
+        }
+        let tasks = Tasks::new();
+        let metrics = Arc::new(Metrics::new());
+        let pools = Pools::new(PoolParts {
+            instance: parts.instance.clone(),
+            clock: Arc::clone(&parts.clock),
+            runtime: Arc::clone(&parts.runtime),
+            files: Arc::clone(&parts.files),
+            journal: parts.journal.clone(),
+            tasks: tasks.clone(),
+            crash: parts.crash.clone(),
+            capacity: Capacity::new(parts.max_containers),
+        });
+        let tenancy = Tenancy::new(
+            Parts {
+                clock: Arc::clone(&parts.clock),
+                runtime: Arc::clone(&parts.runtime),
+                files: parts.files,
+                journal: parts.journal,
+                runner: parts.runner,
+                scripts: Arc::new(ArcSwap::from_pointee(parts.set)),
+                pools: pools.clone(),
+                metrics: Arc::clone(&metrics),
+                tasks: tasks.clone(),
+                crash: parts.crash,
+                master_key: parts.master_key,
+                instance: parts.instance.clone(),
+            },
+            &parts.loaded,
+        );
+        let adopting = tenancy.clone();
+        tasks.spawn("adopt", async move {
+            adopting.adopt(parts.loaded, &parts.boot_id, &parts.store_name).await;
+        });
+        let upkeep = Upkeep {
+            tenancy: tenancy.clone(),
+            pools: pools.clone(),
+            runtime: parts.runtime,
+            store: parts.store,
+            clock: parts.clock,
+            tasks: tasks.clone(),
+            instance: parts.instance,
+            idle_timeout_ms: parts.idle_timeout_ms,
+        };
+        Ok(Self { tenancy, pools, metrics, tasks, upkeep })
+    }
+
+    /// Starts the scheduler and the engine's event stream.
+    ///
+    /// # Errors
+    /// [`Error::Scheduler`].
+    pub async fn start_upkeep(&self) -> Result<(), Error> {
+        self.upkeep.clone().start().await.map_err(|error| Error::Scheduler(error.to_string()))
+    }
+
+    /// Stops taking work, lets what runs end, and names what is late.
+    pub async fn stop(&self) {
+        self.tasks.drain();
+        // Actors and listeners live as long as the node; only work is waited for.
+        let late = self.wait_for_work(DRAIN_LIMIT).await;
+        if !late.is_empty() {
+            warn!(?late, "tasks did not end in time; the next start goes on with them");
+        }
+        self.tasks.abort();
+        let left = self.tasks.wait(ABORT_LIMIT).await;
+        if !left.is_empty() {
+            warn!(tasks = ?left, "tasks did not end when aborted");
+        }
+    }
+
+    async fn wait_for_work(&self, limit: Duration) -> Vec<&'static str> {
+        const SERVICES: [&str; 4] = ["pool", "watch slot", "engine events", "scheduler"];
+        let deadline = tokio::time::Instant::now() + limit;
+        loop {
+            let mut work = self.tasks.live();
+            work.retain(|name| !SERVICES.contains(name));
+            if work.is_empty() || tokio::time::Instant::now() >= deadline {
+                return work;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
 
 /// Runs the server until a signal ends it.
 ///
 /// # Errors
 /// [`Error`], before the server serves.
 pub async fn serve(config: Config) -> Result<(), Error> {
-    todo!("{config:?}")
+    let clock: SharedClock = Arc::new(SystemClock);
+    let set = load_workloads(&config)?;
+    let auth = config.api_tokens_file.as_deref().map(Auth::read).transpose();
+    let auth = auth.map_err(|errors| Error::Tokens(errors.to_string()))?.unwrap_or_else(Auth::loopback);
+    let master_key = config.master_key_file.as_deref().map(MasterKey::read).transpose().map_err(Error::MasterKey)?;
+    let instance = config::instance(&config, &config::machine_id());
+    make_dir(&config.state_dir)?;
+    let (store, store_name) = open_store(&config, &clock)?;
+    let dirs = HostDirs {
+        state_dir: config.state_dir.clone(),
+        secrets_dir: config.secrets_dir.clone(),
+        socket_dir: config.socket_dir.clone(),
+    };
+    let files: SharedFiles = Arc::new(
+        HostFiles::open(dirs, Arc::clone(&store), Arc::clone(&clock)).map_err(Error::State)?,
+    );
+    let (journal, loaded) =
+        Journal::open(&config.state_dir.join("journal.db"), journal::Mode::Threaded).map_err(Error::Journal)?;
+    let runtime: SharedRuntime =
+        Arc::new(DockerRuntime::connect(config.docker_host.as_deref()).map_err(Error::Runtime)?);
+    check_engine(&runtime).await?;
+    check_store(&store).await;
+    let listener = listen(SocketAddr::new(config.api_host, config.api_port)).await?;
+    let address = listener
+        .local_addr()
+        .map_err(|source| Error::Io { what: "listener has no address".to_owned(), source })?;
+    let node = Node::start(NodeParts {
+        clock,
+        runtime,
+        store,
+        files,
+        journal,
+        loaded,
+        set,
+        runner: Runner::new(RunnerOptions::default()),
+        master_key,
+        instance: instance.clone(),
+        boot_id: read_trimmed("/proc/sys/kernel/random/boot_id").unwrap_or_default(),
+        store_name,
+        max_containers: config.max_containers,
+        idle_timeout_ms: config.idle_timeout_ms,
+        crash: crash_points(&config),
+    })?;
+    node.start_upkeep().await?;
+    info!(%address, instance, version = env!("CARGO_PKG_VERSION"), "listening");
+    let router = api::router(ApiState::new(node.tenancy.clone(), auth, metrics_text(&node)));
+    let served = tokio::spawn(api::serve(listener, router, node.tasks.draining()));
+    wait_for_signal().await;
+    info!("draining; a second signal aborts");
+    node.tasks.drain();
+    tokio::select! {
+        biased;
+        () = wait_for_signal() => {
+            warn!("aborting; the next start finishes what was under way");
+            node.tasks.abort();
+        }
+        () = async {
+            node.stop().await;
+            let _ = served.await;
+        } => {}
+    }
+    info!("stopped");
+    Ok(())
+}
+
+fn load_workloads(config: &Config) -> Result<Set, Error> {
+    let options = LoadOptions {
+        defaults: crate::model::spec::SpecDefaults { min_idle: config.pool_size, max: config.max_containers },
+        default_image: config.default_image.clone(),
+    };
+    let render = |diagnostics: Vec<Diagnostic>| {
+        Error::Scripts(diagnostics.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+    };
+    let sources = Sources::read(&config.workloads_dir, &config.scripts_dir).map_err(render)?;
+    Set::load(&sources, &options).map_err(render)
+}
+
+fn open_store(config: &Config, clock: &SharedClock) -> Result<(SharedStore, String), Error> {
+    match &config.store {
+        StoreLocation::Directory(path) => {
+            let store = LocalStore::open(path.clone()).map_err(Error::Store)?;
+            Ok((Arc::new(store), config.store.to_string()))
+        }
+        StoreLocation::S3 { bucket, prefix } => {
+            let store = S3Store::connect(bucket, prefix, &config.aws, Limits::default(), Arc::clone(clock)).map_err(Error::Store)?;
+            Ok((Arc::new(store), config.store.to_string()))
+        }
+    }
+}
+
+/// Gives `/metrics` its text, with the pools as they are at that moment.
+fn metrics_text(node: &Node) -> impl Fn() -> String + Send + Sync + use<> {
+    let (metrics, pools) = (Arc::clone(&node.metrics), node.pools.clone());
+    move || {
+        let samples: Vec<_> = pools.status().into_iter().map(pool_sample).collect();
+        metrics.encode(&samples)
+    }
+}
+
+fn pool_sample(pool: PoolStatus) -> PoolSample {
+    let phases = vec![
+        ("creating", pool.creating),
+        ("warming", pool.warming),
+        ("ready", pool.ready),
+        ("claimed", pool.claimed),
+        ("releasing", pool.releasing),
+        ("parked", pool.parked),
+        ("stranded", pool.stranded),
+        ("lost", pool.lost),
+        ("retiring", pool.retiring),
+    ];
+    PoolSample { workload: pool.workload, target: pool.target, slots: phases }
+}
+
+/// Refuses an engine that answers and cannot serve; one that does not answer is waited for.
+async fn check_engine(runtime: &SharedRuntime) -> Result<(), Error> {
+    match runtime.probe().await {
+        Ok(engine) => {
+            for warning in &engine.warnings {
+                warn!(engine = engine.version, warning, "engine");
+            }
+            if engine.refusals.is_empty() {
+                return Ok(());
+            }
+            Err(Error::Engine(engine.refusals.join("; ")))
+        }
+        Err(error) => {
+            warn!(error = &error as &dyn std::error::Error, "engine does not answer yet");
+            Ok(())
+        }
+    }
+}
+
+async fn check_store(store: &SharedStore) {
+    if let Err(error) = store.probe().await {
+        error!(error = &error as &dyn std::error::Error, "store does not work yet; claims that need it fail until it does");
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| Error::Io { what: format!("cannot listen on {address}"), source })
+}
+
+fn make_dir(path: &Path) -> Result<(), Error> {
+    std::fs::create_dir_all(path)
+        .map_err(|source| Error::Io { what: format!("cannot make the directory {}", path.display()), source })
+}
+
+fn read_trimmed(path: &str) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+#[cfg(feature = "crash_points")]
+fn crash_points(config: &Config) -> CrashPoints {
+    let points = CrashPoints::default();
+    if let Some((name, nth)) = &config.crash_point {
+        points.arm(name, *nth, crate::lifecycle::CrashAction::Kill);
+    }
+    points
+}
+
+#[cfg(not(feature = "crash_points"))]
+fn crash_points(_: &Config) -> CrashPoints {
+    CrashPoints::default()
+}
+
+async fn wait_for_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        error!("signals cannot be waited for; only SIGKILL ends this server");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
 }

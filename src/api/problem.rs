@@ -182,6 +182,13 @@ impl From<tenancy::Error> for Problem {
             E::Runtime { retry_after_ms, .. } => {
                 of(StatusCode::SERVICE_UNAVAILABLE, "runtime_unavailable").retry_after_ms(retry_after_ms)
             }
+            E::ActivationFailed { .. } => of(StatusCode::INTERNAL_SERVER_ERROR, "activation_failed"),
+            E::Busy { retry_after_ms } => {
+                of(StatusCode::SERVICE_UNAVAILABLE, "busy").retry_after_ms(retry_after_ms)
+            }
+            E::Starting { retry_after_ms } => {
+                of(StatusCode::SERVICE_UNAVAILABLE, "starting").retry_after_ms(retry_after_ms)
+            }
             E::NoMasterKey => of(StatusCode::UNPROCESSABLE_ENTITY, "no_master_key"),
             E::UnknownSecret { .. } => of(StatusCode::NOT_FOUND, "unknown_secret").field("name"),
             E::ShuttingDown => of(StatusCode::SERVICE_UNAVAILABLE, "shutting_down"),
@@ -240,6 +247,9 @@ mod tests {
             (E::StoreUnavailable { reason: reason(), retry_after_ms: 1 }, 503, "store_unavailable"),
             (E::StateDamaged { reason: reason() }, 500, "state_damaged"),
             (E::Runtime { reason: reason(), retry_after_ms: 1 }, 503, "runtime_unavailable"),
+            (E::ActivationFailed { reason: reason() }, 500, "activation_failed"),
+            (E::Busy { retry_after_ms: 1 }, 503, "busy"),
+            (E::Starting { retry_after_ms: 1 }, 503, "starting"),
             (E::NoMasterKey, 422, "no_master_key"),
             (E::UnknownSecret { name: "k".into() }, 404, "unknown_secret"),
             (E::ShuttingDown, 503, "shutting_down"),

@@ -41,7 +41,7 @@ pub(super) fn claim(answer: &Value) -> String {
     for (name, value) in entries(answer, "/outputs") {
         lines.push((format!("output {name}"), shown(value)));
     }
-    out + &labelled(&lines)
+    out + labelled(&lines).as_str()
 }
 
 /// `boilerhouse release`

@@ -2,211 +2,51 @@
 //!
 //! This module declares [`Host`] and never implements it; `tenancy` does, for
 //! one claim.
+//!
+//! ```text
+//! files ─ Sources::read ─► Sources ─ Set::load ─► Set ─► Arc<Workload>
+//!                            (compile, imports, lint, workload(), spec)
+//! Runner::run(workload, hook, facts, host) ─► Verdict | HookError
+//! ```
+//!
+//! # Invariants
+//! - A [`Set`] is whole or not there: any error keeps the old one.
+//! - A hook call has its own engine, its own thread while it runs, a wall-clock
+//!   deadline that no script code and no host call outlives, and shares nothing
+//!   with another call but compiled code.
+//! - What a script could do wrong is found when it is loaded, where that is cheap.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+mod builtin;
+mod call;
+mod check;
+mod compile;
+mod convert;
+mod ctx;
+mod diagnostic;
+mod engine;
+mod facts;
+mod fault;
+mod guard;
+mod hook;
+mod host;
+mod lint;
+mod locate;
+mod runner;
+mod set;
+mod source;
+mod threads;
+mod workload;
 
-use async_trait::async_trait;
-use serde::Serialize;
-
-use crate::model::Secret;
-
-/// A function of a workload script that the server calls.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Hook {
-    /// Decides whether a claim may go ahead.
-    BeforeClaim,
-    /// Acts before activation, or rejects.
-    OnClaim,
-    /// Acts before the container is stopped.
-    BeforeRelease,
-    /// Decides whether the slot is parked or retired.
-    AfterRelease,
-}
-
-/// What a hook decided.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Verdict {
-    /// The hook returned nothing, or is not there: the host's default.
-    Default,
-    /// Go ahead, with these beside the claim's own.
-    Accept {
-        /// Environment for the program.
-        env: BTreeMap<String, String>,
-        /// Laid over the claim's metadata.
-        metadata: serde_json::Map<String, serde_json::Value>,
-    },
-    /// Refuse.
-    Reject {
-        /// Stable, for programs: `^[a-z][a-z0-9_]{0,62}$`.
-        code: String,
-        /// For people.
-        message: String,
-    },
-    /// Refuse for now.
-    RetryAfter {
-        /// How long, in milliseconds.
-        ms: u64,
-    },
-    /// Destroy the slot.
-    Retire,
-}
-
-/// What a script can read of the claim it acts for (`ctx.tenant`, `ctx.claim`, …).
-#[derive(Debug, Clone, Default, Serialize)]
-pub struct Facts {
-    /// `#{id, metadata}`
-    pub tenant: TenantFacts,
-    /// `#{id, name}`
-    pub workload: WorkloadFacts,
-    /// `#{epoch, source?, state?}`; before the claim has an epoch, `()`.
-    pub claim: Option<ClaimFacts>,
-    /// `#{id, name, slot, address?}`; before there is a slot, `()`.
-    pub container: Option<ContainerFacts>,
-}
-
-/// `ctx.tenant`
-#[derive(Debug, Clone, Default, Serialize)]
-pub struct TenantFacts {
-    /// The tenant's id.
-    pub id: String,
-    /// The tenant's own metadata overlaid by the claim's; an absent key is `()`.
-    pub metadata: serde_json::Map<String, serde_json::Value>,
-}
-
-/// `ctx.workload`
-#[derive(Debug, Clone, Default, Serialize)]
-pub struct WorkloadFacts {
-    /// The workload's id.
-    pub id: String,
-    /// Its name.
-    pub name: String,
-}
-
-/// `ctx.claim`
-#[derive(Debug, Clone, Serialize)]
-pub struct ClaimFacts {
-    /// The claim's epoch.
-    pub epoch: u64,
-    /// `warm`, `cold`, …
-    pub source: String,
-    /// `none`, `cache` or `store`.
-    pub state: String,
-}
-
-/// `ctx.container`
-#[derive(Debug, Clone, Serialize)]
-pub struct ContainerFacts {
-    /// The engine's id.
-    pub id: String,
-    /// The container's name.
-    pub name: String,
-    /// The slot.
-    pub slot: String,
-    /// Its address, if it has one.
-    pub address: Option<String>,
-}
-
-/// What acting hooks can do; implemented for one claim.
-///
-/// Every method is called from a hook's own thread and raced against the hook's
-/// deadline; an implementation must be cancel-safe.
-#[async_trait]
-pub trait Host: Send + Sync + 'static {
-    /// Runs a command in the container.
-    async fn exec(&self, call: ExecCall) -> Result<ExecResult, HostError>;
-
-    /// Sends a signal to the container's first process.
-    async fn signal(&self, signal: &str) -> Result<(), HostError>;
-
-    /// Writes a secret file into the slot.
-    async fn secret_write(&self, name: &str, secret: Secret) -> Result<(), HostError>;
-
-    /// Returns the tenant's stored secret, making one of `bytes` random bytes
-    /// (as URL-safe base64) when there is none, and writes it into the slot.
-    async fn secret_get_or_create(&self, name: &str, bytes: usize) -> Result<Secret, HostError>;
-
-    /// Reads a file of the state directory.
-    async fn state_read(&self, path: &str) -> Result<Vec<u8>, HostError>;
-
-    /// Writes a file of the state directory.
-    async fn state_write(&self, path: &str, content: Secret) -> Result<(), HostError>;
-
-    /// Lists a directory of the state directory.
-    async fn state_list(&self, path: &str) -> Result<Vec<String>, HostError>;
-
-    /// Asks whether something is in the state directory.
-    async fn state_exists(&self, path: &str) -> Result<bool, HostError>;
-
-    /// Removes something from the state directory.
-    async fn state_remove(&self, path: &str) -> Result<(), HostError>;
-
-    /// Adds to the claim's answer.
-    fn set_output(&self, key: &str, value: Output) -> Result<(), HostError>;
-
-    /// Logs on behalf of the script.
-    fn log(&self, level: LogLevel, message: &str, fields: serde_json::Map<String, serde_json::Value>);
-
-    /// Milliseconds since the Unix epoch.
-    fn now_ms(&self) -> u64;
-}
-
-/// A command that a script runs.
-#[derive(Debug, Clone)]
-pub struct ExecCall {
-    /// The argument vector.
-    pub argv: Vec<String>,
-    /// Environment beside the container's own.
-    pub env: BTreeMap<String, String>,
-    /// Standard input.
-    pub stdin: Option<Secret>,
-    /// How long it may run; the hook's own deadline holds as well.
-    pub timeout: Duration,
-}
-
-/// What a command of a script gave.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExecResult {
-    /// Its exit status.
-    pub status: i64,
-    /// Its output, up to 64 KiB.
-    pub stdout: Vec<u8>,
-    /// Its error output, up to 64 KiB.
-    pub stderr: Vec<u8>,
-    /// Whether either was cut.
-    pub truncated: bool,
-}
-
-/// A value that a script adds to the claim's answer.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Output {
-    /// Ordinary data.
-    Plain(serde_json::Value),
-    /// A secret; shown in the claim's answer only.
-    Secret(Secret),
-}
-
-/// The level of a script's log line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogLevel {
-    /// Why.
-    Debug,
-    /// State changed.
-    Info,
-    /// Degraded.
-    Warn,
-    /// A human must act.
-    Error,
-}
-
-/// A host call that did not succeed; a script can catch it (`e.code`, `e.message`).
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{code}: {message}")]
-pub struct HostError {
-    /// Stable: `exec_failed`, `timeout`, `unavailable`, `invalid`, `not_found`, `limit`.
-    pub code: &'static str,
-    /// For people; without secrets.
-    pub message: String,
-}
-
-/// Shares a host.
-pub type SharedHost = Arc<dyn Host>;
+pub use self::{
+    check::check,
+    ctx::{Primitive, PrimitiveKind, primitives},
+    diagnostic::{Diagnostic, Frame, Severity},
+    facts::{ClaimFacts, ContainerFacts, Facts, TenantFacts, WorkloadFacts},
+    fault::{HookError, HookErrorKind},
+    hook::{Hook, HookKind, Verdict},
+    host::{ExecCall, ExecResult, Host, HostError, LogLevel, Output, SharedHost},
+    runner::{Runner, RunnerOptions},
+    set::{LoadOptions, Set},
+    source::{SourceFile, Sources},
+    workload::Workload,
+};

@@ -56,8 +56,8 @@ pub trait SlotFiles: Send + Sync + 'static {
     ) -> Result<(), Error>;
 
     /// Moves the slot's tree into the node's cache. The container must be gone or
-    /// paused. May be repeated after a crash.
-    async fn capture(&self, slot: &SlotId, key: &Key) -> Result<(), Error>;
+    /// paused. May be repeated after a crash, with the same answer.
+    async fn capture(&self, slot: &SlotId, key: &Key) -> Result<Captured, Error>;
 
     /// First half of a checkpoint: copies the live tree aside; the container runs.
     async fn copy_live(&self, slot: &SlotId, key: &Key) -> Result<CheckpointId, Error>;
@@ -86,6 +86,9 @@ pub trait SlotFiles: Send + Sync + 'static {
     /// Moves a slot's non-empty state directory out of the way, with a note of
     /// whose it is as far as known; answers where it is now.
     async fn set_aside(&self, slot: &SlotId, reason: &str) -> Result<String, Error>;
+
+    /// Moves a cached tree that no row knows out of the way; answers where it is now.
+    async fn set_aside_cached(&self, digest: &str, reason: &str) -> Result<String, Error>;
 
     /// Lists what is there, for adopting after a restart; removes left-over staging.
     async fn survey(&self) -> Result<Survey, Error>;
@@ -141,6 +144,15 @@ pub struct Filled {
     pub files: u64,
     /// Their bytes, when known without a walk.
     pub bytes: u64,
+}
+
+/// What a capture found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Captured {
+    /// Whether the slot's fill had come to its end: only then the tree is whole, and
+    /// only then a program can have written to it. Says nothing for a tree that was
+    /// filled from the cache, which is whole in any case.
+    pub handed_over: bool,
 }
 
 /// Names the copy of a checkpoint.

@@ -1,59 +1,410 @@
 //! Claims: the binding of a tenant to a slot, from request to release.
+//!
+//! ```text
+//! api, upkeep ── Tenancy ── one tracked task a request ── Entry.guard (P1)
+//!                   ├ claim    before_claim → slot → CLAIMING → fill → on_claim → activate → ACTIVE
+//!                   ├ release  RELEASING → before_release → stop → capture → DIRTY → after_release
+//!                   ├ save     data → record → read back → CLEAN, for as long as it takes
+//!                   ├ sync     copy → pause → copy what changed → unpause → save
+//!                   └ adopt    what survived a restart is finished or undone
+//! ```
+//!
+//! # Invariants
+//! - Whoever changes a claim holds its entry's guard; a save holds none, because
+//!   the next claim may take its tree.
+//! - The journal is written before the act it announces: CLAIMING before the
+//!   fill, DIRTY before the slot is retired.
+//! - A failed claim goes the way of a release: its slot is captured and retired.
 
+mod adopt;
+mod answer;
+mod claim;
+mod host;
+mod registry;
+mod release;
+mod save;
+mod secrets;
+mod sync;
 mod wire;
 
-pub use wire::*;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use crate::model::{Secret, TenantId, WorkloadId};
+use arc_swap::ArcSwap;
+use dashmap::{DashMap, DashSet};
 
-/// Carries out claims and releases, and answers what there is.
+use self::registry::{Entry, Live};
+pub use self::wire::*;
+use crate::{
+    clock::{SharedClock, random_hex},
+    journal::{self, Durability, Journal, Op, TreeRow},
+    lifecycle::{CrashPoints, Tasks},
+    model::{ClaimState, Key, Secret, SlotId, TenantId, WorkloadId},
+    pool::Pools,
+    runtime::SharedRuntime,
+    script::{Hook, HookError, Runner, Set, Verdict, Workload},
+    seal::MasterKey,
+    state::SharedFiles,
+    telemetry::Metrics,
+};
+
+/// How long a request waits for another one of the same claim.
+const GUARD_WAIT: Duration = Duration::from_secs(30);
+/// How long a claim waits for a slot when it does not say.
+const DEFAULT_WAIT_MS: u64 = 10_000;
+/// The longest a claim may ask to wait.
+const MAX_WAIT_MS: u64 = 300_000;
+/// How long a release waits for its state to be durable before it answers `pending`.
+const RELEASE_WAIT: Duration = Duration::from_secs(30);
+/// When to try again after a passing fault.
+const RETRY_AFTER_MS: u64 = 1_000;
+/// A sign of use is journaled when it is this much later than the one before.
+const ACTIVITY_STEP_MS: u64 = 5_000;
+
+/// What tenancy works with.
+pub struct Parts {
+    /// Time and randomness.
+    pub clock: SharedClock,
+    /// The container engine.
+    pub runtime: SharedRuntime,
+    /// The slots' directories and the store behind them.
+    pub files: SharedFiles,
+    /// The durable record.
+    pub journal: Journal,
+    /// Runs hooks.
+    pub runner: Runner,
+    /// The workloads in force.
+    pub scripts: Arc<ArcSwap<Set>>,
+    /// The warm pools.
+    pub pools: Pools,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Where tasks are spawned.
+    pub tasks: Tasks,
+    /// Where a test may stop the node.
+    pub crash: CrashPoints,
+    /// Seals stored secrets; none: they are refused.
+    pub master_key: Option<MasterKey>,
+    /// This installation's identity.
+    pub instance: String,
+}
+
+/// Carries out claims and releases, and answers what there is; clones share one state.
 #[derive(Clone)]
-pub struct Tenancy {}
+pub struct Tenancy {
+    inner: Arc<Inner>,
+}
 
-#[allow(unused_variables, clippy::unused_async, missing_docs)]
+struct Inner {
+    parts: Parts,
+    entries: DashMap<Key, Arc<Entry>>,
+    trees: DashMap<Key, TreeRow>,
+    tenants: DashMap<TenantId, serde_json::Map<String, serde_json::Value>>,
+    with_secrets: DashSet<TenantId>,
+    slot_owners: DashMap<SlotId, Key>,
+    digest_key: [u8; 32],
+    started: AtomicBool,
+    health: Mutex<BTreeMap<&'static str, String>>,
+    syncs: tokio::sync::Semaphore,
+}
+
+// === impl Tenancy ===
+
 impl Tenancy {
+    /// Claims a slot for a tenant. The claim goes on when the call is dropped.
+    ///
+    /// # Errors
+    /// See [`Error`].
     pub async fn claim(&self, tenant: TenantId, request: ClaimRequest) -> Result<ClaimAnswer, Error> {
-        todo!()
+        self.inner.check_open()?;
+        let workload = self.inner.workload(request.workload.as_ref())?;
+        claim::check(&request, &workload)?;
+        let key = Key::new(tenant, workload.spec.id.clone());
+        let inner = Arc::clone(&self.inner);
+        let task = self.inner.parts.tasks.spawn("claim", {
+            let key = key.clone();
+            async move { inner.claim(&key, &workload, request).await }
+        });
+        match task.await {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) => Err(Error::ShuttingDown),
+            Err(panic) => {
+                let error = self.inner.internal(&panic, "a claim panicked");
+                let inner = Arc::clone(&self.inner);
+                self.inner.parts.tasks.spawn("undo claim", async move { inner.undo_half_claim(&key).await });
+                Err(error)
+            }
+        }
     }
+
+    /// Releases a tenant's claim. The release goes on when the call is dropped.
+    ///
+    /// # Errors
+    /// [`Error::StaleEpoch`] for another epoch than the current claim's, and the
+    /// errors of finding the workload.
     pub async fn release(&self, tenant: TenantId, request: ReleaseRequest) -> Result<ReleaseAnswer, Error> {
-        todo!()
+        self.inner.check_open()?;
+        let key = self.inner.key(tenant, request.workload.as_ref())?;
+        let outcome = self.inner.release(&key, request.epoch, request.wait).await;
+        let told = outcome.as_ref().map_or_else(Error::code, |answer| answer.state.as_str());
+        self.inner.parts.metrics.release(key.workload.as_str(), told);
+        outcome
     }
+
+    /// Returns the tenant's claims and newest snapshots.
+    ///
+    /// # Errors
+    /// None now.
     pub async fn status(&self, tenant: TenantId) -> Result<TenantStatus, Error> {
-        todo!()
+        Ok(self.inner.status(tenant))
     }
+
+    /// Resets the idle clock of a claim.
+    ///
+    /// # Errors
+    /// [`Error::NotClaimed`], and the errors of finding the workload.
     pub async fn touch(&self, tenant: TenantId, workload: Option<WorkloadId>) -> Result<(), Error> {
-        todo!()
+        self.inner.check_open()?;
+        let key = self.inner.key(tenant, workload.as_ref())?;
+        let live = self.inner.active(&key)?;
+        self.inner.note_activity(&live, self.inner.now_ms()).await;
+        Ok(())
     }
+
+    /// Saves a claimed tenant's state while its program runs.
+    ///
+    /// # Errors
+    /// [`Error::NotClaimed`], [`Error::StoreUnavailable`], [`Error::StateConflict`] and others.
     pub async fn sync(&self, tenant: TenantId, workload: Option<WorkloadId>) -> Result<SyncAnswer, Error> {
-        todo!()
+        self.inner.check_open()?;
+        let key = self.inner.key(tenant, workload.as_ref())?;
+        let live = self.inner.active(&key)?;
+        let inner = Arc::clone(&self.inner);
+        let task = self.inner.parts.tasks.spawn("sync", async move { inner.sync(&key, &live).await });
+        match task.await {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) => Err(Error::ShuttingDown),
+            Err(panic) => Err(self.inner.internal(&panic, "a sync panicked")),
+        }
     }
-    /// `PUT /tenants/{tenant}`: replaces the tenant's metadata.
+
+    /// Replaces a tenant's metadata.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when it cannot be journaled.
     pub async fn put_tenant(
         &self,
         tenant: TenantId,
         metadata: serde_json::Map<String, serde_json::Value>,
     ) -> Result<(), Error> {
-        todo!()
+        self.inner.commit(vec![Op::PutTenant(tenant.clone(), metadata.clone())], Durability::Hard).await?;
+        self.inner.tenants.insert(tenant, metadata);
+        Ok(())
     }
+
+    /// Stores a tenant's secret, sealed; claims from now on get it as a file.
+    ///
+    /// # Errors
+    /// [`Error::NoMasterKey`]; [`Error::Invalid`] for a bad name.
     pub async fn put_secret(&self, tenant: TenantId, name: &str, secret: Secret) -> Result<(), Error> {
-        todo!()
+        self.inner.put_secret(&tenant, name, &secret).await
     }
+
+    /// Lists the names of a tenant's stored secrets.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the journal cannot be read.
     pub async fn secret_names(&self, tenant: TenantId) -> Result<Vec<String>, Error> {
-        todo!()
+        self.inner.secret_names(&tenant)
     }
+
+    /// Removes a tenant's stored secret.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSecret`].
     pub async fn delete_secret(&self, tenant: TenantId, name: &str) -> Result<(), Error> {
-        todo!()
+        self.inner.delete_secret(&tenant, name).await
     }
+
+    /// Returns the workloads in force.
     pub fn workloads(&self) -> Vec<WorkloadStatus> {
-        todo!()
+        self.inner.parts.scripts.load().iter().map(answer::workload_status).collect()
     }
+
+    /// Returns every pool's status.
     pub fn pools(&self) -> Vec<PoolStatus> {
-        todo!()
+        self.inner.parts.pools.status()
     }
+
+    /// Returns every slot.
     pub fn slots(&self) -> Vec<SlotStatus> {
-        todo!()
+        self.inner.parts.pools.slots()
     }
+
+    /// Returns whether requests can be served, and what does not work.
     pub fn readiness(&self) -> Readiness {
-        todo!()
+        if !self.inner.started.load(Ordering::Acquire) {
+            let reasons = vec!["taking over what survived the last stop".to_owned()];
+            return Readiness { status: "starting", reasons };
+        }
+        let health = self.inner.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let reasons: Vec<_> = health.iter().map(|(part, reason)| format!("{part}: {reason}")).collect();
+        Readiness { status: if reasons.is_empty() { "ready" } else { "degraded" }, reasons }
     }
+
+    /// Notes that a part of the server works (`None`) or does not, for [`Tenancy::readiness`].
+    pub fn set_health(&self, part: &'static str, reason: Option<String>) {
+        let mut health = self.inner.health.lock().unwrap_or_else(PoisonError::into_inner);
+        match reason {
+            Some(reason) => health.insert(part, reason),
+            None => health.remove(part),
+        };
+    }
+
+    /// Says that a container does not run any more: a claimed slot's state is
+    /// captured and saved, a ready slot is replaced.
+    pub async fn container_died(&self, slot: &SlotId) {
+        self.inner.container_died(slot).await;
+    }
+
+    /// Releases claims without a sign of use for `idle_ms`.
+    pub async fn release_idle(&self, idle_ms: u64) {
+        self.inner.release_idle(idle_ms).await;
+    }
+
+    /// Saves claims whose `persist.every_ms` has passed.
+    pub async fn sync_due(&self) {
+        self.inner.sync_due().await;
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    fn check_open(&self) -> Result<(), Error> {
+        if self.parts.tasks.draining().is_cancelled() {
+            return Err(Error::ShuttingDown);
+        }
+        if !self.started.load(Ordering::Acquire) {
+            return Err(Error::Starting { retry_after_ms: RETRY_AFTER_MS });
+        }
+        Ok(())
+    }
+
+    /// Finds the workload a new claim is for.
+    fn workload(&self, asked: Option<&WorkloadId>) -> Result<Arc<Workload>, Error> {
+        let set = self.parts.scripts.load();
+        match asked {
+            Some(id) => set
+                .get(id)
+                .cloned()
+                .ok_or_else(|| Error::UnknownWorkload { given: id.to_string(), known: known(&set) }),
+            None => set.only().cloned().ok_or_else(|| Error::WorkloadRequired { known: known(&set) }),
+        }
+    }
+
+    /// Finds what a request about an existing claim is about: a claim outlives
+    /// its workload's file.
+    fn key(&self, tenant: TenantId, asked: Option<&WorkloadId>) -> Result<Key, Error> {
+        if let Some(id) = asked {
+            let key = Key::new(tenant, id.clone());
+            if self.entries.contains_key(&key) {
+                return Ok(key);
+            }
+            return self.workload(asked).map(|workload| Key::new(key.tenant, workload.spec.id.clone()));
+        }
+        self.workload(None).map(|workload| Key::new(tenant, workload.spec.id.clone()))
+    }
+
+    fn entry(&self, key: &Key) -> Arc<Entry> {
+        Arc::clone(&self.entries.entry(key.clone()).or_default())
+    }
+
+    /// Forgets an entry that has nothing to say; whoever still waits for its guard keeps it.
+    fn tidy(&self, key: &Key, entry: Arc<Entry>) {
+        drop(entry);
+        self.entries.remove_if(key, |_, entry| Arc::strong_count(entry) == 1 && entry.is_at_rest());
+    }
+
+    fn active(&self, key: &Key) -> Result<Arc<Live>, Error> {
+        self.entries
+            .get(key)
+            .and_then(|entry| entry.live())
+            .filter(|live| live.row().state == ClaimState::Active)
+            .ok_or_else(|| Error::NotClaimed { tenant: key.tenant.clone(), workload: key.workload.clone() })
+    }
+
+    async fn lock<'a>(&self, entry: &'a Entry) -> Result<tokio::sync::MutexGuard<'a, ()>, Error> {
+        tokio::time::timeout(GUARD_WAIT, entry.guard.lock())
+            .await
+            .map_err(|_| Error::Busy { retry_after_ms: RETRY_AFTER_MS })
+    }
+
+    async fn note_activity(&self, live: &Live, now_ms: u64) {
+        if live.touch(now_ms, ACTIVITY_STEP_MS) {
+            let row = live.row();
+            if row.state == ClaimState::Active {
+                let _ = self.commit(vec![Op::PutClaim(Box::new(row))], Durability::Soft).await;
+            }
+        }
+    }
+
+    async fn commit(&self, ops: Vec<Op>, durability: Durability) -> Result<(), Error> {
+        self.parts.journal.commit(ops, durability).await.map_err(|error| self.journal_failed(&error))
+    }
+
+    fn journal_failed(&self, error: &journal::Error) -> Error {
+        self.internal(error, "the journal could not be written")
+    }
+
+    /// Logs an error that no client can do anything about, under an id.
+    fn internal(&self, error: &(dyn std::error::Error + 'static), what: &'static str) -> Error {
+        let id = random_hex(&*self.parts.clock, 6);
+        tracing::error!(id, error, what);
+        Error::Internal { id }
+    }
+
+    async fn hook(
+        &self,
+        workload: &Arc<Workload>,
+        hook: Hook,
+        facts: crate::script::Facts,
+        host: Option<crate::script::SharedHost>,
+    ) -> Result<Verdict, HookError> {
+        if !workload.has(hook) {
+            return Ok(Verdict::Default);
+        }
+        let began = tokio::time::Instant::now();
+        let outcome = self.parts.runner.run(workload, hook, facts, host).await;
+        self.parts.metrics.hook(hook.name(), began.elapsed(), outcome.is_err());
+        outcome
+    }
+
+    /// Logs a failed hook under an id and turns it into the claim's error.
+    fn hook_failed(&self, key: &Key, hook: Hook, error: &HookError) -> Error {
+        let id = random_hex(&*self.parts.clock, 6);
+        tracing::warn!(
+            id,
+            tenant = %key.tenant,
+            workload = %key.workload,
+            hook = hook.name(),
+            error = error as &dyn std::error::Error,
+            "hook failed"
+        );
+        Error::HookFailed { hook: hook.name(), id }
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.parts.clock.unix_ms()
+    }
+}
+
+fn known(set: &Set) -> Vec<WorkloadId> {
+    set.iter().map(|workload| workload.spec.id.clone()).collect()
 }

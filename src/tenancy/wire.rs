@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::pool::{PoolStatus, SlotStatus};
 use crate::{
     model::{
         ClaimSource, ClaimState, Epoch, Revision, Secret, SlotId, SnapshotRef, StateSource, TenantId,
@@ -217,65 +218,6 @@ pub struct SyncAnswer {
     pub sent_bytes: u64,
 }
 
-/// One pool in `GET /pools`.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct PoolStatus {
-    /// Its workload.
-    pub workload: String,
-    /// The spec hash that new slots are made from.
-    pub spec_hash: String,
-    /// Ready slots wanted.
-    pub target: u32,
-    /// Containers of this workload at most.
-    pub max: u32,
-    /// Slots by phase.
-    pub ready: u32,
-    /// See [`crate::model::SlotPhase`].
-    pub warming: u32,
-    /// See [`crate::model::SlotPhase`].
-    pub creating: u32,
-    /// See [`crate::model::SlotPhase`].
-    pub claimed: u32,
-    /// See [`crate::model::SlotPhase`].
-    pub releasing: u32,
-    /// See [`crate::model::SlotPhase`].
-    pub parked: u32,
-    /// See [`crate::model::SlotPhase`].
-    pub stranded: u32,
-    /// See [`crate::model::SlotPhase`].
-    pub lost: u32,
-    /// See [`crate::model::SlotPhase`].
-    pub retiring: u32,
-    /// Claims that wait for a slot.
-    pub waiting: u32,
-    /// Why the last slot could not be made; gone once one could.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub last_error: Option<String>,
-    /// When the next attempt begins, in milliseconds from now, after a failure.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub retry_in_ms: Option<u64>,
-}
-
-/// One slot in `GET /slots`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct SlotStatus {
-    /// The slot.
-    pub slot: String,
-    /// Its pool.
-    pub workload: String,
-    /// Where it stands.
-    pub phase: &'static str,
-    /// The spec it was made from.
-    pub spec_hash: String,
-    /// The container's name.
-    pub container: String,
-    /// Whose it is, while it is somebody's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tenant: Option<String>,
-    /// When it was made, milliseconds since the epoch.
-    pub created_ms: u64,
-}
-
 /// One workload in `GET /workloads`.
 #[derive(Debug, Clone, Serialize)]
 pub struct WorkloadStatus {
@@ -422,6 +364,24 @@ pub enum Error {
         /// The name asked for.
         name: String,
     },
+    /// 500 `activation_failed`
+    #[error("the workload could not be activated: {reason}")]
+    ActivationFailed {
+        /// Why.
+        reason: String,
+    },
+    /// 503 `busy`
+    #[error("another request for this tenant and workload is being carried out")]
+    Busy {
+        /// When to try again.
+        retry_after_ms: u64,
+    },
+    /// 503 `starting`
+    #[error("the server is still taking over what survived its restart")]
+    Starting {
+        /// When to try again.
+        retry_after_ms: u64,
+    },
     /// 503 `shutting_down`
     #[error("the server is shutting down")]
     ShuttingDown,
@@ -431,6 +391,20 @@ pub enum Error {
         /// Under which the log has the details.
         id: String,
     },
+}
+
+// === impl ReleaseState ===
+
+impl ReleaseState {
+    /// Returns the name used in JSON and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Durable => "durable",
+            Self::Pending => "pending",
+            Self::Discarded => "discarded",
+            Self::NotClaimed => "not_claimed",
+        }
+    }
 }
 
 // === impl OutputAnswer ===

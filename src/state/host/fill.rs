@@ -6,7 +6,7 @@ use crate::{
 };
 
 use super::{
-    Error, Fill, FillFrom, INLINE_ENTRIES, Inner, UNCLAIMED,
+    Captured, Error, Fill, FillFrom, INLINE_ENTRIES, Inner, UNCLAIMED,
     restore::FROM_NOTE,
     slot::{OwnerNote, STATE, close},
 };
@@ -188,12 +188,18 @@ impl Inner {
     ///
     /// # Errors
     /// [`Error::NotEmpty`] when the slot holds something that is not this key's.
-    pub(super) fn capture(&self, slot: &SlotId, key: &Key) -> Result<(), Error> {
+    pub(super) fn capture(&self, slot: &SlotId, key: &Key) -> Result<Captured, Error> {
         let slot_dir = self.slot_dir(slot)?;
-        let Some(state) = slot_dir.open_dir(STATE).optional()? else { return Ok(()) };
+        let Some(state) = slot_dir.open_dir(STATE).optional()? else {
+            return Ok(Captured { handed_over: false });
+        };
         if !OwnerNote::read(&slot_dir)?.is_some_and(|note| note.is_of(key)) {
             // Never filled for this key, or for nobody: there is nothing of it here.
-            return if state.is_empty()? { Ok(()) } else { Err(Error::NotEmpty { slot: slot.clone() }) };
+            return if state.is_empty()? {
+                Ok(Captured { handed_over: false })
+            } else {
+                Err(Error::NotEmpty { slot: slot.clone() })
+            };
         }
         let root = state.stat()?;
         if !is_handed_over(&root) {
@@ -206,7 +212,14 @@ impl Inner {
             } else if !state.is_empty()? {
                 return Err(Error::NotEmpty { slot: slot.clone() });
             }
-            return close(&state);
+            close(&state)?;
+            // Only a fill that did not end leaves the note of where its tree came from.
+            let cached = self.layout.cache.open_dir(key.digest().as_bytes()).optional()?;
+            let handed_over = match &cached {
+                Some(dir) => super::restore::restored_from(dir)?.is_none(),
+                None => false,
+            };
+            return Ok(Captured { handed_over });
         }
         let dir = self.layout.cache.ensure_dir(key.digest().as_bytes())?;
         let tree = dir.ensure_dir(TREE)?;
@@ -216,7 +229,8 @@ impl Inner {
         tree.set_mode(root.mode)?;
         move_entries(&state, &tree)?;
         tree.set_modified(root.modified)?;
-        close(&state)
+        close(&state)?;
+        Ok(Captured { handed_over: true })
     }
 
     /// Returns whether a capture moves so little that changing threads costs more.

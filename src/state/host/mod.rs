@@ -50,7 +50,7 @@ use crate::{
 };
 
 use super::{
-    CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, Saved, SlotFiles, Survey,
+    Captured, CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, Saved, SlotFiles, Survey,
     snapshot,
 };
 use checkpoint::Checkpoints;
@@ -174,7 +174,7 @@ impl SlotFiles for HostFiles {
         self.inner.put_secrets(slot, run_as, files)
     }
 
-    async fn capture(&self, slot: &SlotId, key: &Key) -> Result<(), Error> {
+    async fn capture(&self, slot: &SlotId, key: &Key) -> Result<Captured, Error> {
         if self.inner.is_short_capture(slot)? {
             return self.inner.capture(slot, key);
         }
@@ -211,6 +211,10 @@ impl SlotFiles for HostFiles {
     async fn discard_slot_state(&self, slot: &SlotId) -> Result<(), Error> {
         let slot = slot.clone();
         self.run(Lane::Bulk, move |inner| inner.discard_slot_state(&slot)).await
+    }
+
+    async fn set_aside_cached(&self, digest: &str, reason: &str) -> Result<String, Error> {
+        self.inner.set_cached_aside(digest, reason)
     }
 
     async fn set_aside(&self, slot: &SlotId, reason: &str) -> Result<String, Error> {

@@ -201,11 +201,12 @@ impl Inner {
     }
 
     /// Moves a cached tree that nobody asked for out of the way.
-    pub(super) fn set_cached_aside(&self, key_digest: &str, reason: &str) -> Result<(), Error> {
+    pub(super) fn set_cached_aside(&self, key_digest: &str, reason: &str) -> Result<String, Error> {
         let name = format!("{key_digest}.{}", self.clock.unix_ms());
         self.layout.cache.move_to(key_digest.as_bytes(), &self.layout.set_aside, name.as_bytes())?;
-        tracing::warn!(path = self.layout.set_aside_path(&name), reason, "a cached tree was set aside");
-        Ok(())
+        let path = self.layout.set_aside_path(&name);
+        tracing::warn!(path, reason, "a cached tree was set aside");
+        Ok(path)
     }
 
     /// Removes a cached tree: out of the cache at once, then for good.

@@ -1,0 +1,500 @@
+//! Taking over what survived a restart.
+//!
+//! [`decide`] is pure: from the journal's rows and what the engine and the disk
+//! show, it says what becomes of every claim, slot, container and directory.
+//! Carrying it out repeats no act that has happened and skips none that has not.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use dashmap::{DashMap, DashSet};
+use tracing::{error, info, warn};
+
+use super::{
+    Inner, Parts, Tenancy, answer,
+    registry::{Live, SaveOutcome, Unsaved},
+    release::Ending,
+    sync::{SYNCS_AT_ONCE, unpause},
+};
+use crate::{
+    clock::SharedClock,
+    crash_point,
+    journal::{ClaimRow, Durability, Loaded, Op, SlotRow, TreeRow},
+    model::{
+        ClaimState, ContainerId, Key, Revision, SlotId, SlotPhase, SpecHash, WorkloadId, spec::PoolSizes,
+    },
+    pool::{Adopted, Made},
+    retry::Backoff,
+    runtime::{ContainerStatus, Observed},
+    script::Workload,
+    state::Survey,
+};
+
+const LOOK: Backoff = Backoff { base_ms: 250, cap_ms: 10_000 };
+/// Facts of the journal that this module writes.
+const BOOT_ID: &str = "boot_id";
+const DIGEST_KEY: &str = "digest_key";
+const STORE: &str = "store";
+
+/// What becomes of a claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// Its container runs: it goes on as it was.
+    Keep {
+        /// A checkpoint was interrupted.
+        unpause: bool,
+    },
+    /// It goes to its end from where it stands.
+    End(Ending),
+    /// Its state is on this node only: saved.
+    Save,
+    /// A later claim has its tree.
+    Superseded,
+    /// An operator decides.
+    Conflict,
+    /// It is over.
+    Over,
+}
+
+/// Everything that is decided at start.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Decisions {
+    claims: Vec<(Key, u64, Fate)>,
+    /// Slots that go on, by phase.
+    slots: BTreeMap<SlotId, SlotPhase>,
+    /// Names of containers that belong to nothing.
+    dangling: Vec<String>,
+    /// Slot directories that belong to nothing, and whether they hold state.
+    strays: Vec<(SlotId, bool)>,
+    /// Digests of cached trees that belong to nothing.
+    stray_trees: Vec<String>,
+    /// Keys whose cached tree may be torn by a power loss and is in the store.
+    evict: Vec<Key>,
+    /// Keys whose cached tree should be there and is not.
+    missing: Vec<Key>,
+}
+
+/// The inputs of a decision.
+struct Found<'a> {
+    slots: &'a [SlotRow],
+    claims: &'a [ClaimRow],
+    trees: &'a [TreeRow],
+    observed: &'a [Observed],
+    survey: &'a Survey,
+    current: &'a BTreeMap<WorkloadId, SpecHash>,
+    power_lost: bool,
+}
+
+fn decide(found: &Found<'_>) -> Decisions {
+    let mut decisions = Decisions::default();
+    let status: BTreeMap<&str, &ContainerStatus> =
+        found.observed.iter().map(|observed| (observed.name.as_str(), &observed.status)).collect();
+    let rows: BTreeMap<&SlotId, &SlotRow> = found.slots.iter().map(|row| (&row.slot, row)).collect();
+    let mut held: BTreeSet<&SlotId> = BTreeSet::new();
+    let mut unsettled: BTreeSet<&Key> = BTreeSet::new();
+    for claim in found.claims {
+        let container = claim.slot.as_ref().and_then(|slot| rows.get(slot)).and_then(|row| status.get(row.name.as_str()));
+        let fate = match claim.state {
+            ClaimState::Active => match container {
+                Some(ContainerStatus::Running) => Fate::Keep { unpause: false },
+                Some(ContainerStatus::Paused) => Fate::Keep { unpause: true },
+                _ => Fate::End(Ending::Lost),
+            },
+            ClaimState::Claiming => Fate::End(Ending::Failed),
+            ClaimState::Releasing if claim.failed => Fate::End(Ending::Failed),
+            ClaimState::Releasing => match container {
+                Some(ContainerStatus::Running | ContainerStatus::Paused) => Fate::End(Ending::Released),
+                _ => Fate::End(Ending::Lost),
+            },
+            ClaimState::Dirty if claim.superseded_by.is_some() => Fate::Superseded,
+            ClaimState::Dirty => Fate::Save,
+            ClaimState::Conflict => Fate::Conflict,
+            ClaimState::Clean => Fate::Over,
+        };
+        if fate != Fate::Over {
+            unsettled.insert(&claim.key);
+        }
+        if let (Fate::Keep { .. } | Fate::End(_), Some(slot)) = (fate, claim.slot.as_ref()) {
+            held.insert(slot);
+        }
+        decisions.claims.push((claim.key.clone(), claim.epoch.0, fate));
+    }
+    for row in found.slots {
+        let runs = status.get(row.name.as_str()).is_some_and(|status| **status == ContainerStatus::Running);
+        let current = found.current.get(&row.workload) == Some(&row.spec_hash);
+        let touched = found.survey.slots.iter().any(|(slot, holds)| *slot == row.slot && *holds);
+        let phase = if held.contains(&row.slot) {
+            SlotPhase::Claimed
+        } else if row.phase == SlotPhase::Ready && runs && current && !touched {
+            SlotPhase::Ready
+        } else {
+            SlotPhase::Retiring
+        };
+        decisions.slots.insert(row.slot.clone(), phase);
+    }
+    for observed in found.observed {
+        if !found.slots.iter().any(|row| row.name == observed.name) {
+            decisions.dangling.push(observed.name.clone());
+        }
+    }
+    for (slot, holds) in &found.survey.slots {
+        if !rows.contains_key(slot) {
+            decisions.strays.push((slot.clone(), *holds));
+        }
+    }
+    let digests: BTreeMap<String, &TreeRow> =
+        found.trees.iter().filter(|tree| tree.cached).map(|tree| (tree.key.digest(), tree)).collect();
+    for digest in &found.survey.cached {
+        if !digests.contains_key(digest) {
+            decisions.stray_trees.push(digest.clone());
+        }
+    }
+    for (digest, tree) in digests {
+        if unsettled.contains(&tree.key) {
+            continue;
+        }
+        if !found.survey.cached.contains(&digest) {
+            decisions.missing.push(tree.key.clone());
+        } else if found.power_lost && tree.saved.is_some() {
+            decisions.evict.push(tree.key.clone());
+        }
+    }
+    decisions
+}
+
+// === impl Tenancy ===
+
+impl Tenancy {
+    /// Creates tenancy from the journal's rows; it serves after [`Tenancy::adopt`].
+    pub fn new(parts: Parts, loaded: &Loaded) -> Self {
+        let mut digest_key = [0; 32];
+        let kept = loaded.facts.get(DIGEST_KEY).and_then(|text| hex::decode(text).ok());
+        match kept.as_deref().map(<[u8; 32]>::try_from) {
+            Some(Ok(key)) => digest_key = key,
+            _ => parts.clock.fill_random(&mut digest_key),
+        }
+        let inner = Inner {
+            entries: DashMap::new(),
+            trees: loaded.trees.iter().map(|tree| (tree.key.clone(), tree.clone())).collect(),
+            tenants: loaded.tenants.iter().cloned().collect(),
+            with_secrets: loaded.with_secrets.iter().cloned().collect::<DashSet<_>>(),
+            slot_owners: DashMap::new(),
+            digest_key,
+            started: AtomicBool::new(false),
+            health: Mutex::default(),
+            syncs: tokio::sync::Semaphore::new(SYNCS_AT_ONCE),
+            parts,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Checks that the journal belongs to this store: a node's knowledge of what is
+    /// saved is worth nothing for another one.
+    ///
+    /// # Errors
+    /// The store that the journal belongs to.
+    pub fn check_store(loaded: &Loaded, store: &str) -> Result<(), String> {
+        match loaded.facts.get(STORE) {
+            Some(before) if before != store && !(loaded.trees.is_empty() && loaded.claims.is_empty()) => {
+                Err(before.clone())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Finishes or undoes everything that was under way, opens the pools, and
+    /// then serves. Waits for the engine for as long as it takes.
+    pub async fn adopt(&self, loaded: Loaded, boot_id: &str, store: &str) {
+        let inner = &self.inner;
+        let observed = self.look(&inner.parts.clock.clone()).await;
+        let mut survey_attempt = 0;
+        let survey = loop {
+            match inner.parts.files.survey().await {
+                Ok(survey) => break survey,
+                Err(error) => {
+                    self.set_health("disk", Some(answer::chain(&error)));
+                    error!(error = &error as &dyn std::error::Error, "directories cannot be read; nothing is adopted yet");
+                    tokio::time::sleep(LOOK.wait(survey_attempt, &*inner.parts.clock)).await;
+                    survey_attempt += 1;
+                }
+            }
+        };
+        self.set_health("disk", None);
+        crash_point!(inner.parts.crash, "adopt.looked");
+        let set = inner.parts.scripts.load_full();
+        let current: BTreeMap<_, _> =
+            set.iter().map(|workload| (workload.spec.id.clone(), workload.spec_hash.clone())).collect();
+        let power_lost = loaded.facts.get(BOOT_ID).is_some_and(|before| before != boot_id);
+        let decisions = decide(&Found {
+            slots: &loaded.slots,
+            claims: &loaded.claims,
+            trees: &loaded.trees,
+            observed: &observed,
+            survey: &survey,
+            current: &current,
+            power_lost,
+        });
+        info!(
+            claims = decisions.claims.len(),
+            slots = decisions.slots.len(),
+            dangling = decisions.dangling.len(),
+            power_lost,
+            "adopting"
+        );
+        inner.note_facts(&loaded, boot_id, store, &set).await;
+        inner.adopt_trees(&decisions).await;
+        inner.remove_strays(&decisions).await;
+        crash_point!(inner.parts.crash, "adopt.strays");
+        let revisions = inner.revisions(&loaded, &set);
+        inner.open_pools(&loaded, &decisions, &revisions, &set);
+        inner.adopt_claims(&loaded, &decisions, &revisions).await;
+        crash_point!(inner.parts.crash, "adopt.done");
+        inner.started.store(true, Ordering::Release);
+        info!("serving");
+    }
+
+    async fn look(&self, clock: &SharedClock) -> Vec<Observed> {
+        let mut attempt = 0;
+        loop {
+            match self.inner.parts.runtime.list(&self.inner.parts.instance).await {
+                Ok(observed) => {
+                    self.set_health("engine", None);
+                    return observed;
+                }
+                Err(error) => {
+                    self.set_health("engine", Some(answer::chain(&error)));
+                    warn!(error = &error as &dyn std::error::Error, "engine does not answer; nothing is adopted yet");
+                    tokio::time::sleep(LOOK.wait(attempt, &**clock)).await;
+                    attempt += 1;
+                }
+            }
+        }
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    async fn note_facts(&self, loaded: &Loaded, boot_id: &str, store: &str, set: &crate::script::Set) {
+        let mut ops = vec![
+            Op::PutFact(BOOT_ID, boot_id.to_owned()),
+            Op::PutFact(DIGEST_KEY, hex::encode(self.digest_key)),
+            Op::PutFact(STORE, store.to_owned()),
+        ];
+        let mut wanted: BTreeSet<&Revision> = loaded.slots.iter().map(|row| &row.revision).collect();
+        wanted.extend(loaded.claims.iter().map(|row| &row.revision));
+        for workload in set.iter() {
+            ops.push(Op::PutRevision(workload.revision.clone(), workload.to_json()));
+            wanted.insert(&workload.revision);
+        }
+        let unwanted = loaded.revisions.iter().filter(|(revision, _)| !wanted.contains(revision));
+        ops.extend(unwanted.map(|(revision, _)| Op::DropRevision(revision.clone())));
+        if let Err(error) = self.parts.journal.commit(ops, Durability::Hard).await {
+            error!(error = &error as &dyn std::error::Error, "facts of this start are not journaled");
+        }
+    }
+
+    async fn adopt_trees(&self, decisions: &Decisions) {
+        for key in &decisions.evict {
+            // After a power loss a tree that was not synced may be torn; the store has it whole.
+            match self.parts.files.discard(key).await {
+                Ok(()) => self.forget_cached(key).await,
+                Err(error) => {
+                    error!(tenant = %key.tenant, workload = %key.workload, error = &error as &dyn std::error::Error, "cached tree cannot be removed after a power loss");
+                }
+            }
+        }
+        for key in &decisions.missing {
+            warn!(tenant = %key.tenant, workload = %key.workload, "cached tree is gone from disk; the store has it");
+            self.forget_cached(key).await;
+        }
+        for digest in &decisions.stray_trees {
+            match self.parts.files.set_aside_cached(digest, "no row of the journal knows this tree").await {
+                Ok(place) => error!(digest, place, "unknown state is set aside"),
+                Err(error) => error!(digest, error = &error as &dyn std::error::Error, "unknown state stays in the cache"),
+            }
+        }
+    }
+
+    async fn forget_cached(&self, key: &Key) {
+        let Some(mut tree) = self.trees.get(key).map(|tree| tree.clone()) else { return };
+        tree.cached = false;
+        if self.commit(vec![Op::PutTree(tree.clone())], Durability::Soft).await.is_ok() {
+            self.trees.insert(key.clone(), tree);
+        }
+    }
+
+    async fn remove_strays(self: &Arc<Self>, decisions: &Decisions) {
+        for name in &decisions.dangling {
+            info!(container = name, "removing a container that no slot knows");
+            let mut attempt = 0;
+            while let Err(error) = self.parts.runtime.remove(name).await {
+                warn!(container = name, error = &error as &dyn std::error::Error, "dangling container is not removed yet");
+                if attempt >= 3 {
+                    break; // Upkeep goes on with it.
+                }
+                tokio::time::sleep(LOOK.wait(attempt, &*self.parts.clock)).await;
+                attempt += 1;
+            }
+        }
+        for (slot, holds) in &decisions.strays {
+            let outcome = if *holds {
+                match self.parts.files.set_aside(slot, "no row of the journal knows this slot").await {
+                    Ok(place) => {
+                        error!(slot = %slot, place, "unknown state is set aside");
+                        self.parts.files.wipe(slot).await
+                    }
+                    Err(error) => Err(error),
+                }
+            } else {
+                self.parts.files.wipe(slot).await
+            };
+            if let Err(error) = outcome {
+                error!(slot = %slot, error = &error as &dyn std::error::Error, "directories of an unknown slot stay");
+            }
+        }
+    }
+
+    /// Rebuilds every revision that a slot or claim refers to.
+    fn revisions(&self, loaded: &Loaded, set: &crate::script::Set) -> BTreeMap<Revision, Arc<Workload>> {
+        let mut revisions: BTreeMap<_, _> =
+            set.iter().map(|workload| (workload.revision.clone(), Arc::clone(workload))).collect();
+        for (revision, json) in &loaded.revisions {
+            if revisions.contains_key(revision) {
+                continue;
+            }
+            match Workload::from_json(json) {
+                Ok(workload) => {
+                    revisions.insert(revision.clone(), workload);
+                }
+                Err(errors) => {
+                    let errors = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+                    error!(revision = %revision, errors, "a journaled revision cannot be rebuilt");
+                }
+            }
+        }
+        revisions
+    }
+
+    fn open_pools(
+        &self,
+        loaded: &Loaded,
+        decisions: &Decisions,
+        revisions: &BTreeMap<Revision, Arc<Workload>>,
+        set: &crate::script::Set,
+    ) {
+        let mut by_workload: BTreeMap<WorkloadId, Vec<Adopted>> =
+            set.iter().map(|workload| (workload.spec.id.clone(), Vec::new())).collect();
+        for row in &loaded.slots {
+            let workload = revisions.get(&row.revision).cloned().or_else(|| set.get(&row.workload).cloned());
+            let Some(workload) = workload else {
+                error!(slot = %row.slot, revision = %row.revision, "slot's revision is unknown; its container stays until upkeep removes it");
+                continue;
+            };
+            by_workload.entry(row.workload.clone()).or_default().push(Adopted {
+                slot: row.slot.clone(),
+                phase: decisions.slots.get(&row.slot).copied().unwrap_or(SlotPhase::Retiring),
+                spec_hash: row.spec_hash.clone(),
+                made: made(row),
+                workload,
+            });
+        }
+        for (id, adopted) in by_workload {
+            match set.get(&id) {
+                Some(workload) => self.parts.pools.open(Arc::clone(workload), workload.spec.pool.clone(), adopted),
+                // The workload's file is gone: its pool only lives to end what there is.
+                None => {
+                    if let Some(workload) = adopted.first().map(|slot| Arc::clone(&slot.workload)) {
+                        self.parts.pools.open(workload, PoolSizes { min_idle: 0, max: 0 }, adopted);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn adopt_claims(
+        self: &Arc<Self>,
+        loaded: &Loaded,
+        decisions: &Decisions,
+        revisions: &BTreeMap<Revision, Arc<Workload>>,
+    ) {
+        let fates: BTreeMap<(&Key, u64), Fate> =
+            decisions.claims.iter().map(|(key, epoch, fate)| ((key, *epoch), *fate)).collect();
+        for row in &loaded.claims {
+            let key = &row.key;
+            let fate = fates.get(&(key, row.epoch.0)).copied().unwrap_or(Fate::Over);
+            if fate == Fate::Over {
+                continue;
+            }
+            let current = self.parts.scripts.load().get(&key.workload).cloned();
+            let Some(workload) = revisions.get(&row.revision).cloned().or(current) else {
+                error!(tenant = %key.tenant, workload = %key.workload, epoch = row.epoch.0, "claim's revision is unknown and its workload is gone; it is left as it is");
+                continue;
+            };
+            let entry = self.entry(key);
+            match fate {
+                Fate::Keep { unpause: paused } => {
+                    let Some(live) = self.adopted_live(loaded, row, &workload) else { continue };
+                    entry.set_live(Some(Arc::clone(&live)));
+                    if paused {
+                        let (inner, live) = (Arc::clone(self), Arc::clone(&live));
+                        self.parts.tasks.spawn("unpause", async move {
+                            unpause(&inner.parts.runtime, &live.made.container, &*inner.parts.clock).await;
+                        });
+                    }
+                    info!(tenant = %key.tenant, workload = %key.workload, epoch = row.epoch.0, "claim adopted");
+                }
+                Fate::End(ending) => {
+                    let Some(live) = self.adopted_live(loaded, row, &workload) else { continue };
+                    entry.set_live(Some(Arc::clone(&live)));
+                    info!(tenant = %key.tenant, workload = %key.workload, epoch = row.epoch.0, ending = ?ending, "claim goes to its end");
+                    let (inner, key, entry) = (Arc::clone(self), key.clone(), Arc::clone(&entry));
+                    // The guard is taken here, so that no request comes before the end has begun.
+                    let held = Arc::clone(&entry.guard).lock_owned().await;
+                    self.parts.tasks.spawn("end claim", async move {
+                        inner.end(&key, &entry, &live, ending).await;
+                        drop(held);
+                        inner.tidy(&key, entry);
+                    });
+                }
+                Fate::Save => {
+                    let unsaved = Arc::new(Unsaved::new(row.clone(), SaveOutcome::Saving));
+                    entry.add_unsaved(Arc::clone(&unsaved));
+                    self.start_save(key, unsaved, workload);
+                }
+                Fate::Superseded => {
+                    entry.add_unsaved(Arc::new(Unsaved::new(row.clone(), SaveOutcome::Ended)));
+                }
+                Fate::Conflict => {
+                    let reason = "the store has a later epoch".to_owned();
+                    entry.add_unsaved(Arc::new(Unsaved::new(row.clone(), SaveOutcome::Conflict(reason))));
+                }
+                Fate::Over => {}
+            }
+        }
+    }
+
+    fn adopted_live(&self, loaded: &Loaded, row: &ClaimRow, workload: &Arc<Workload>) -> Option<Arc<Live>> {
+        let slot = row.slot.clone()?;
+        let made = loaded.slots.iter().find(|known| known.slot == slot).map(made)?;
+        self.slot_owners.insert(slot.clone(), row.key.clone());
+        if let Some(pool) = self.parts.pools.get(&row.key.workload) {
+            pool.set_tenant(&slot, row.key.tenant.as_str());
+        }
+        Some(Arc::new(Live::new(row.clone(), Arc::clone(workload), slot, made, self.now_ms())))
+    }
+}
+
+fn made(row: &SlotRow) -> Made {
+    Made {
+        container: row.container.clone().unwrap_or_else(|| ContainerId(row.name.clone())),
+        name: row.name.clone(),
+        address: row.address.clone(),
+        run_as: row.run_as.unwrap_or(crate::model::Owner { uid: 0, gid: 0 }),
+    }
+}
