@@ -1,0 +1,2 @@
+pub(crate) mod radosgw;
+pub(crate) mod s3_server;
