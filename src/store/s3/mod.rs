@@ -42,7 +42,8 @@ use super::{Creation, Error, Listed, MAX_LIST_KEYS, Store, key, probe};
 use crate::{clock::SharedClock, config::Aws, model::Secret, retry::Backoff};
 
 /// From this size on, a body is hashed and sent on a blocking thread: the
-/// library hashes it three times, 5 ms a MiB that claims would wait for.
+/// library hashes it three times (SHA-256 twice, MD5 once) and copies it as
+/// often, milliseconds for each MiB that claims would wait for.
 const OFFLOAD_BYTES: usize = 128 << 10;
 
 /// Keeps objects in a bucket, under a prefix.
@@ -411,4 +412,40 @@ async fn within<T>(until: Instant, attempt: impl Future<Output = Result<T, Findi
 
 fn unasked_condition(operation: &'static str, key: &str) -> Error {
     Error::refused(operation, key, "the server answers a condition that was not asked for")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+
+    #[test]
+    fn the_retries_of_the_library_are_off() {
+        let aws = Aws {
+            access_key_id: Some("AKIAEXAMPLE".to_owned()),
+            secret_access_key: Some(Secret::new("hunter2")),
+            region: "us-east-1".to_owned(),
+            ..Aws::default()
+        };
+        S3Store::connect("data", "", &aws, Limits::default(), Arc::new(SystemClock)).unwrap();
+        assert_eq!(s3::get_retries(), 0);
+    }
+
+    #[test]
+    fn a_write_that_may_have_happened_is_unknown_whatever_came_last() {
+        let refused = Finding::Refused("no".to_owned());
+        let unreachable = Finding::Unreachable("gone".to_owned());
+        let (clean, dirty) = (Tries::default(), Tries { may_have_happened: true, ..Tries::default() });
+        let end = |tries: &Tries, operation, finding| tries.end(operation, "k", finding, String::new());
+        for operation in ["put", "create", "delete"] {
+            assert!(matches!(end(&clean, operation, &refused), Error::Refused { .. }));
+            assert!(matches!(end(&clean, operation, &unreachable), Error::Unavailable { .. }));
+            assert!(matches!(end(&dirty, operation, &refused), Error::Unknown { .. }));
+            assert!(matches!(end(&dirty, operation, &unreachable), Error::Unknown { .. }));
+        }
+        for operation in ["get", "list"] {
+            assert!(matches!(end(&dirty, operation, &refused), Error::Refused { .. }));
+            assert!(matches!(end(&dirty, operation, &unreachable), Error::Unavailable { .. }));
+        }
+    }
 }
