@@ -1,2 +1,11 @@
-pub(crate) mod radosgw;
-pub(crate) mod s3_server;
+//! What the integration tests share.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of this")]
+
+pub mod engine;
+pub mod gate;
+pub mod images;
+pub mod node;
+pub mod radosgw;
+pub mod s3_server;
+pub mod server;
+pub mod specs;
