@@ -29,7 +29,7 @@ async fn the_fake_engine_conforms() {
 async fn docker_conforms() {
     with_engine(|engine| async move {
         let engine = Arc::new(engine);
-        check(AT_ONCE, |_| Subject::docker(&engine)).await;
+        check(AT_ONCE, |row| Subject::docker(&engine, row)).await;
     })
     .await;
 }

@@ -20,7 +20,7 @@ use bollard::{
 
 use super::lossy::Lossy;
 use crate::support::{
-    engine::{TestEngine, eventually, instance},
+    engine::{TestEngine, eventually},
     images,
     specs::{command, plan_of, spec},
 };
@@ -57,17 +57,17 @@ impl Subject {
         Self { runtime: Arc::clone(&fake) as Arc<dyn Runtime>, instance, kind: Kind::Fake(fake) }
     }
 
-    pub fn docker(engine: &Arc<TestEngine>) -> Self {
+    pub fn docker(engine: &Arc<TestEngine>, row: &str) -> Self {
         let host = std::env::var("DOCKER_HOST")
             .unwrap_or_else(|_| format!("unix://{}", crate::support::engine::SOCKET));
         let socket = host.strip_prefix("unix://").expect("this suite puts a proxy before a unix socket");
         let proxy = Lossy::start(socket.into());
         let runtime = DockerRuntime::connect(Some(&proxy.host())).unwrap();
-        // Its own, so that rows side by side do not see each other's containers; removed
-        // by the row's end or, as its name begins like the test's, with the test's.
+        // Its own, so that rows side by side do not see each other's containers.
+        let instance = format!("{}-{row}", engine.instance);
         Self {
             runtime: Arc::new(runtime),
-            instance: instance(),
+            instance,
             kind: Kind::Docker { engine: Arc::clone(engine), proxy },
         }
     }
@@ -205,10 +205,19 @@ fn run_fake(request: &ExecRequest) -> FakeExec {
         ["cat"] => {
             output(0, request.stdin.as_ref().map(|s| s.expose().to_vec()).unwrap_or_default(), "").into()
         }
-        ["printenv", name] => {
+        ["sh", "-c", "echo \"$GREETING\""] => {
             let value =
-                request.env.iter().find(|(key, _)| key == name).map(|(_, value)| format!("{value}\n"));
-            output(i64::from(value.is_none()), value.unwrap_or_default().into(), "").into()
+                request.env.iter().find(|(name, _)| name == "GREETING").map_or("", |(_, value)| value);
+            output(
+                0,
+                format!(
+                    "{value}
+"
+                )
+                .into(),
+                "",
+            )
+            .into()
         }
         ["sh", "-c", "echo out; echo err >&2; exit 3"] => output(3, b"out\n".to_vec(), "err\n").into(),
         ["head", "-c", bytes, "/dev/zero"] => output(0, vec![0; bytes.parse().unwrap()], "").into(),

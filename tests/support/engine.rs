@@ -34,7 +34,8 @@ pub struct TestEngine {
     pub runtime: Arc<DockerRuntime>,
     /// The engine's API, for what the port cannot do.
     pub raw: Docker,
-    /// The installation's name, of this test only.
+    /// The installation's name, of this test only; a test that needs more takes
+    /// `<instance>-<anything>`.
     pub instance: String,
 }
 
@@ -51,8 +52,10 @@ pub async fn with_engine<F: Future>(test: impl FnOnce(TestEngine) -> F) -> F::Ou
     let engine = TestEngine { runtime: Arc::new(runtime), raw, instance: instance() };
     engine.remove_all(is_left_over).await;
     let outcome = AssertUnwindSafe(test(engine.clone())).catch_unwind().await;
-    let instance = engine.instance.clone();
-    engine.remove_all(|of| of == instance).await;
+    let own = |of: &str| {
+        of.strip_prefix(&engine.instance).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    };
+    engine.remove_all(own).await;
     outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 

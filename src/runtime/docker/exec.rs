@@ -129,7 +129,7 @@ async fn attached(
     loop {
         let state = look(docker, id, exec).await.map_err(|error| call.unknown(words(&error.to_string())))?;
         match (state.running, state.exit_code) {
-            (Some(false), Some(status)) => return Ok(output(status, stdout, stderr)),
+            (Some(false), Some(status)) => return Ok(corrected(output(status, stdout, stderr))),
             _ => sleep(Duration::from_millis(POLL_MS)).await,
         }
     }
@@ -217,6 +217,21 @@ async fn kill_inside(docker: &DockerRuntime, id: &ContainerId, marker: &str) -> 
     bounded(&call, QUICK_MS, drained).await
 }
 
+/// Engines of the 20.10 line write why a command cannot be run to its output, and give
+/// 126 whatever the reason.
+fn corrected(mut output: ExecOutput) -> ExecOutput {
+    if matches!(output.status, 126 | 127) && output.stderr.is_empty() {
+        let words = String::from_utf8_lossy(&output.stdout);
+        if let Some(status) =
+            words.starts_with("OCI runtime exec failed").then(|| unrunnable(&words)).flatten()
+        {
+            output.status = status;
+            output.stderr = std::mem::take(&mut output.stdout);
+        }
+    }
+    output
+}
+
 /// The status of a command that the engine could not run, when its words say that.
 fn unrunnable(reason: &str) -> Option<i64> {
     let of_the_command = reason.contains("exec failed") || reason.contains("starting container process");
@@ -262,6 +277,34 @@ mod tests {
             capture.take(more.as_bytes());
             assert_eq!((capture.bytes.as_slice(), capture.cut), (kept.as_bytes(), cut));
         }
+    }
+
+    #[test]
+    fn an_old_engines_words_are_no_output() {
+        let given = |status, stdout: &str| {
+            let stdout = stdout.as_bytes().to_vec();
+            let output = corrected(ExecOutput { status, stdout, stderr: Vec::new(), truncated: false });
+            (output.status, output.stdout.is_empty())
+        };
+        let words =
+            "OCI runtime exec failed: exec failed: exec: \"x\": executable file not found in $PATH\r\n";
+        assert_eq!(given(126, words), (127, true));
+        assert_eq!(given(0, words), (0, false), "a command may print what it likes");
+        assert_eq!(given(126, "sh: x: Permission denied"), (126, false));
+    }
+
+    #[test]
+    fn a_marked_process_is_found_and_no_other() {
+        let sleep =
+            |marker: &str| std::process::Command::new("sleep").arg("60").env(MARKER, marker).spawn().unwrap();
+        let id = std::process::id();
+        let (mut marked, mut other) = (sleep(&format!("{id}-a")), sleep(&format!("{id}-b")));
+        let script = ["-c", KILL_SCRIPT, "sh", &format!("{MARKER}={id}-a")];
+        std::process::Command::new("sh").args(script).status().unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&marked.wait().unwrap()), Some(9));
+        assert!(other.try_wait().unwrap().is_none(), "it was killed");
+        other.kill().unwrap();
+        other.wait().unwrap();
     }
 
     #[test]

@@ -357,7 +357,9 @@ impl Runtime for DockerRuntime {
         let client = self.client().await?;
         // The request is sent by the first poll of the stream, later than this call
         // ends: the engine's own time now makes it begin here.
-        let since = bounded(&call, QUICK_MS, client.info()).await?.system_time.unwrap_or_default();
+        let now = bounded(&call, QUICK_MS, client.info()).await?.system_time.unwrap_or_default();
+        let since = observed::unix_time(&now)
+            .ok_or_else(|| call.refused(&format!("it says that the time is {now:?}")))?;
         let filters = [
             ("type", vec!["container".to_owned()]),
             ("event", vec!["die".to_owned(), "destroy".to_owned()]),

@@ -110,6 +110,34 @@ pub(super) fn engine(version: &SystemVersion, info: &SystemInfo) -> EngineInfo {
     }
 }
 
+/// Turns the engine's RFC 3339 time, as its `info` gives it, into the seconds with nine
+/// decimals that its `events` take. Not worth a crate: one format, no calendar.
+pub(super) fn unix_time(text: &str) -> Option<String> {
+    let field = |range: std::ops::Range<usize>| text.get(range)?.parse::<i64>().ok();
+    let separators = [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':')];
+    if !separators.iter().all(|(at, byte)| text.as_bytes().get(*at) == Some(byte)) {
+        return None;
+    }
+    let (year, month, day) = (field(0..4)?, field(5..7)?, field(8..10)?);
+    let (fraction, zone) = match text.get(19..)?.strip_prefix('.') {
+        Some(rest) => rest.split_at(rest.find(|c: char| !c.is_ascii_digit())?),
+        None => ("", text.get(19..)?),
+    };
+    let offset_s = match (zone.get(..1)?, zone.get(1..)?.split_once(':')) {
+        ("Z", None) => 0,
+        (sign @ ("+" | "-"), Some((hours, minutes))) => {
+            let seconds = hours.parse::<i64>().ok()? * 3_600 + minutes.parse::<i64>().ok()? * 60;
+            if sign == "+" { seconds } else { -seconds }
+        }
+        _ => return None,
+    };
+    // Days since 1970 of the proleptic Gregorian calendar, with years that begin in March.
+    let (years, months) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * years + years / 4 - years / 100 + years / 400 + (153 * months + 2) / 5 + day - 719_469;
+    let seconds = days * 86_400 + field(11..13)? * 3_600 + field(14..16)? * 60 + field(17..19)? - offset_s;
+    Some(format!("{seconds}.{fraction:0<9.9}"))
+}
+
 fn bare(name: impl AsRef<str>) -> String {
     name.as_ref().trim_start_matches('/').to_owned()
 }
@@ -177,6 +205,23 @@ mod tests {
         assert_eq!(observed.status, ContainerStatus::Exited { code: 3, oom_killed: false });
         assert_eq!(observed.labels.unwrap().slot.as_str(), "s1");
         assert_eq!(observed.address, None);
+    }
+
+    #[test]
+    fn the_engines_time_is_read() {
+        for (text, unix) in [
+            ("1970-01-01T00:00:00Z", Some("0.000000000")),
+            ("2026-11-23T19:29:55.728647766Z", Some("1795462195.728647766")),
+            ("2026-11-23T21:29:55.7+02:00", Some("1795462195.700000000")),
+            ("2000-02-29T23:59:59-00:30", Some("951870599.000000000")),
+            ("2100-03-01T00:00:00Z", Some("4107542400.000000000")),
+            ("2026-11-23", None),
+            ("2026-11-23T19:29:55", None),
+            ("2026-11-23 19:29:55Z", None),
+            ("", None),
+        ] {
+            assert_eq!(unix_time(text).as_deref(), unix, "{text}");
+        }
     }
 
     #[test]
