@@ -17,6 +17,7 @@ use crate::{
     config::{self, Config, StoreLocation},
     journal::{self, Journal, Loaded},
     lifecycle::{CrashPoints, Tasks},
+    model::spec::SpecDefaults,
     pool::{PoolParts, PoolStatus, Pools, capacity::Capacity},
     runtime::{self, SharedRuntime, docker::DockerRuntime},
     script::{Diagnostic, LoadOptions, Runner, RunnerOptions, Set, Sources},
@@ -94,7 +95,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The workloads or scripts have errors; all of them.
-    #[error("workloads cannot be loaded:\n{0}")]
+    #[error("{0}")]
     Scripts(String),
     /// The journal cannot be opened.
     #[error("journal cannot be opened")]
@@ -297,11 +298,16 @@ pub async fn serve(config: Config) -> Result<(), Error> {
     Ok(())
 }
 
-fn load_workloads(config: &Config) -> Result<Set, Error> {
-    let options = LoadOptions {
-        defaults: crate::model::spec::SpecDefaults { min_idle: config.pool_size, max: config.max_containers },
+/// Returns what specs take from the configuration where they say nothing.
+pub fn load_options(config: &Config) -> LoadOptions {
+    LoadOptions {
+        defaults: SpecDefaults { min_idle: config.pool_size, max: config.max_containers },
         default_image: config.default_image.clone(),
-    };
+    }
+}
+
+fn load_workloads(config: &Config) -> Result<Set, Error> {
+    let options = load_options(config);
     let render = |diagnostics: Vec<Diagnostic>| {
         Error::Scripts(diagnostics.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
     };

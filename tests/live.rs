@@ -6,7 +6,9 @@ use std::{collections::BTreeSet, fs, time::Duration};
 
 use serde_json::{Value, json};
 use support::{
-    images, radosgw,
+    engine::SOCKET,
+    images,
+    radosgw::Radosgw,
     server::{Home, Server, below, docker, sh, wait_for},
 };
 
@@ -38,13 +40,22 @@ fn workload() {{
 
 /// Points an installation at the real S3 server, below a prefix of its own.
 fn on_s3(home: &mut Home) {
-    let s3 = radosgw::server();
+    let s3 = Radosgw::find();
     let store = format!("s3://{}/{}", s3.bucket, home.instance());
     home.set("BOILERHOUSE_STORE", &store);
-    home.set("AWS_ENDPOINT_URL", &s3.endpoint);
-    home.set("AWS_ACCESS_KEY_ID", &s3.access_key);
-    home.set("AWS_SECRET_ACCESS_KEY", &s3.secret_key);
-    home.set("AWS_REGION", "us-east-1");
+    home.set("AWS_ENDPOINT_URL", s3.aws.endpoint_url.as_deref().expect("a place"));
+    home.set("AWS_ACCESS_KEY_ID", s3.aws.access_key_id.as_deref().expect("a key"));
+    let secret = s3.aws.secret_access_key.expect("a secret key");
+    home.set("AWS_SECRET_ACCESS_KEY", std::str::from_utf8(secret.expose()).expect("text"));
+    home.set("AWS_REGION", &s3.aws.region);
+}
+
+/// Makes sure that the engine has the images that these tests' workloads name.
+async fn ensure_images() {
+    let docker = bollard::Docker::connect_with_unix(SOCKET, 120, bollard::API_DEFAULT_VERSION)
+        .expect("the engine's socket (see `make setup`)");
+    let docker = docker.negotiate_version().await.expect("the engine answers");
+    images::ensure(&docker).await;
 }
 
 fn container(claim: &Value) -> String {
@@ -102,7 +113,7 @@ async fn nothing_leaks(home: &Home, server: &Server) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_tree_comes_back_on_another_server_from_s3_alone() {
-    images::ensure().await;
+    ensure_images().await;
     let mut home = Home::new("story", &[("worker", &workload("worker", ""))]);
     on_s3(&mut home);
     let server = home.start().await;
@@ -135,7 +146,7 @@ async fn the_same_tree_comes_back_on_another_server_from_s3_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn p1_two_hundred_concurrent_claims_of_one_tenant_give_one_container() {
-    images::ensure().await;
+    ensure_images().await;
     let home = Home::new("one", &[("worker", &workload("worker", "pool: #{ min_idle: 2, max: 8 },"))]);
     let server = home.start().await;
     let server = &server;
@@ -149,7 +160,7 @@ async fn p1_two_hundred_concurrent_claims_of_one_tenant_give_one_container() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_tenants_on_twenty_places_give_twenty_claims_and_thirty_refusals() {
-    images::ensure().await;
+    ensure_images().await;
     let mut home = Home::new("cap", &[("worker", &workload("worker", ""))]);
     home.set("BOILERHOUSE_MAX_CONTAINERS", "20");
     home.set("BOILERHOUSE_POOL_SIZE", "3");
@@ -186,7 +197,7 @@ async fn fifty_tenants_on_twenty_places_give_twenty_claims_and_thirty_refusals()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn p2_p3_with_the_store_down_nothing_is_lost_and_nobody_starts_empty() {
-    images::ensure().await;
+    ensure_images().await;
     let mut home = Home::new("down", &[("worker", &workload("worker", ""))]);
     on_s3(&mut home);
     let real = home.start().await;
@@ -197,7 +208,7 @@ async fn p2_p3_with_the_store_down_nothing_is_lost_and_nobody_starts_empty() {
     real.stop().await;
     fs::remove_dir_all(home.path("states")).expect("the state directory can be removed");
     // The way to the store goes through a gate that the test can shut.
-    let gate = support::gate::Gate::open(&radosgw::server().endpoint).await;
+    let gate = support::gate::Gate::open(&Radosgw::find().aws.endpoint_url.expect("a place")).await;
     home.set("AWS_ENDPOINT_URL", &gate.endpoint());
     let server = home.start().await;
     let near = server.claim("near", json!({})).await;
@@ -230,7 +241,7 @@ async fn p2_p3_with_the_store_down_nothing_is_lost_and_nobody_starts_empty() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn p7_kill_9_amid_claims_and_releases_leaves_nothing_without_an_owner() {
-    images::ensure().await;
+    ensure_images().await;
     let mut home = Home::new("kill", &[("worker", &workload("worker", "pool: #{ min_idle: 2, max: 8 },"))]);
     on_s3(&mut home);
     home.set("BOILERHOUSE_MAX_CONTAINERS", "8");
@@ -303,7 +314,7 @@ fn order(value: &str) -> (u32, u32) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn claims_survive_a_restart_untouched_and_strangers_are_left_alone() {
-    images::ensure().await;
+    ensure_images().await;
     let home = Home::new("adopt", &[("worker", &workload("worker", ""))]);
     let stranger = Home::new("stranger", &[]);
     let label = format!("boilerhouse.instance={}", stranger.instance());
@@ -333,7 +344,7 @@ async fn claims_survive_a_restart_untouched_and_strangers_are_left_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn p11_secrets_are_in_the_container_and_nowhere_else() {
-    images::ensure().await;
+    ensure_images().await;
     let mut home = Home::new("secrets", &[("worker", &workload("worker", ""))]);
     let key = home.path("master.key");
     fs::write(&key, "11".repeat(32)).expect("a key file");
@@ -376,7 +387,7 @@ async fn p11_secrets_are_in_the_container_and_nowhere_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hooks_activation_sync_and_idleness_on_a_real_container() {
-    images::ensure().await;
+    ensure_images().await;
     let hooks = r#"
 fn before_claim(ctx) {
     if ctx.tenant.metadata.plan == "suspended" { return ctx.reject("tenant_suspended", "this tenant is suspended"); }
@@ -396,7 +407,7 @@ fn before_release(ctx) { ctx.exec(["sh", "-c", "echo bye > /data/bye"]); }
     let mut home = Home::new("hooks", &[("worker", &script)]);
     home.set("BOILERHOUSE_IDLE_TIMEOUT_MS", "6000");
     let server = home.start().await;
-    let put = server.put("/tenants/bad", json!({ "plan": "suspended" })).await;
+    let put = server.put("/tenants/bad", json!({ "metadata": { "plan": "suspended" } })).await;
     assert!(put.status < 300, "{put:?}");
     let rejected = server.post("/tenants/bad/claim", json!({})).await;
     assert_eq!((rejected.status, &rejected.body["code"]), (403, &json!("tenant_suspended")), "{rejected:?}");
@@ -427,7 +438,7 @@ fn before_release(ctx) { ctx.exec(["sh", "-c", "echo bye > /data/bye"]); }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_container_is_noticed_and_its_state_saved() {
-    images::ensure().await;
+    ensure_images().await;
     let home = Home::new("lost", &[("worker", &workload("worker", ""))]);
     let server = home.start().await;
     let claim = server.claim("acme", json!({})).await;
@@ -445,7 +456,7 @@ async fn a_dead_container_is_noticed_and_its_state_saved() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_image_is_visible_and_other_pools_go_on() {
-    images::ensure().await;
+    ensure_images().await;
     let bad = workload("bad", "").replace(images::APP, "boilerhouse-test/absent:1");
     let home = Home::new("bad", &[("bad", &bad), ("good", &workload("good", ""))]);
     let server = home.start().await;

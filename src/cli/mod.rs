@@ -46,6 +46,9 @@ enum Failure {
     /// The process could not do its part.
     #[error("{0}")]
     Process(String),
+    /// Scripts have errors; the text is complete as it is.
+    #[error("{0}")]
+    Findings(String),
 }
 
 /// Runs the command line of this process and returns its exit status.
@@ -66,6 +69,11 @@ pub fn main() -> ExitCode {
             // A reader that went away (`| head`) is no failure.
             let _ = io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
+        }
+        // What was asked for, although it is not good news.
+        Err(Failure::Findings(text)) => {
+            let _ = io::stdout().write_all(text.as_bytes());
+            ExitCode::FAILURE
         }
         Err(failure) => {
             let _ = io::stderr().write_all(explained(&failure).as_bytes());
@@ -97,7 +105,7 @@ fn status(failure: &Failure) -> u8 {
         Failure::Usage(_) => 2,
         Failure::Client(client::Error::Address { .. } | client::Error::Token) => 2,
         Failure::Client(client::Error::Unreachable { .. }) => 3,
-        Failure::Input { .. } | Failure::Client(_) | Failure::Process(_) => 1,
+        Failure::Input { .. } | Failure::Client(_) | Failure::Process(_) | Failure::Findings(_) => 1,
     }
 }
 
@@ -117,6 +125,7 @@ fn explained(failure: &Failure) -> String {
         Failure::Client(error) => text += &causes(error),
         Failure::Usage(_) => text += "\nFor more information, try '--help'.\n",
         Failure::Input { .. } => {}
+        Failure::Findings(findings) => text.clone_from(findings),
         // Many problems at once stand on a line each, causes indented beneath.
         Failure::Process(problem) => {
             let line = |line: &str| match line.starts_with(' ') {

@@ -209,6 +209,19 @@ pub struct Violation {
     pub allowed: String,
 }
 
+/// Says why a text cannot be the name of an environment variable; `None` when it can.
+pub fn environment_problem(name: &str) -> Option<String> {
+    rules::environment_name(name).err().map(|refusal| refusal.problem)
+}
+
+/// Returns a signal's name in its one form, e.g. `SIGTERM` for `term`.
+///
+/// # Errors
+/// Words that say what is wrong with it.
+pub fn signal_name(text: &str) -> Result<String, String> {
+    rules::signal(text).map_err(|refusal| format!("{} (allowed: {})", refusal.problem, refusal.allowed))
+}
+
 /// Something in a valid spec that an operator should know of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Warning {

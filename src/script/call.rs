@@ -16,8 +16,9 @@ use rhai::{Dynamic, EvalAltResult, NativeCallContext};
 
 use super::{
     facts::Facts,
+    fault::HookError,
     guard::{Guard, Stop},
-    hook::Hook,
+    hook::{Hook, Verdict},
     host::{ExecResult, HostError, LogLevel, SharedHost},
 };
 use crate::clock::SharedClock;
@@ -41,13 +42,21 @@ pub(super) struct Call {
     pub(super) masked: Arc<AtomicBool>,
 }
 
+/// What a call's thread has for the task that stands by.
+pub(super) enum Message {
+    /// Work to be done in the task's runtime.
+    Work(Relayed),
+    /// The end of the call.
+    Done(Result<Verdict, HookError>),
+}
+
 /// How the call's own thread waits for the host.
 pub(super) enum Waiter {
     /// It drives the work itself.
     Direct(tokio::runtime::Handle),
     /// The task that waits for the hook drives it, so that the work runs in that
     /// task's runtime and on its (perhaps virtual) time.
-    Relay(tokio::sync::mpsc::UnboundedSender<Relayed>),
+    Relay(mpsc::Sender<Message>),
 }
 
 /// An error of the host as scripts catch it.
@@ -90,7 +99,7 @@ impl Call {
                 let relayed: Relayed = Box::pin(async move {
                     let _ = tx.send(work.await);
                 });
-                let sent = relay.send(relayed).map_err(drop);
+                let sent = relay.send(Message::Work(relayed)).map_err(drop);
                 // The wait is bounded by the race in the other task; when that
                 // task goes away, so does its end of the channel.
                 sent.and_then(|()| rx.recv().map_err(drop)).unwrap_or(Raced::Stopped(Stop::Cancelled))

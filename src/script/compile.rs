@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use rhai::{AST, ASTFlags, ASTNode, Engine, Expr, Module, ParseErrorType, Scope, Stmt};
+use rhai::{AST, ASTFlags, ASTNode, Engine, Expr, Module, ParseErrorType, Scope, Shared, Stmt};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -118,7 +118,7 @@ fn load(
     units: &BTreeMap<String, Unit>,
     sources: &BTreeMap<String, SourceFile>,
     files: &Files,
-    modules: &mut BTreeMap<String, Option<rhai::SharedModule>>,
+    modules: &mut BTreeMap<String, Option<Shared<Module>>>,
     above: &mut Vec<String>,
     errors: &mut Vec<Diagnostic>,
 ) {

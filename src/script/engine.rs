@@ -11,7 +11,7 @@ use std::{
 };
 
 use rhai::{
-    Dynamic, Engine, EvalAltResult, Module, ModuleResolver, OptimizationLevel, Position, SharedModule,
+    Dynamic, Engine, EvalAltResult, Module, ModuleResolver, OptimizationLevel, Position, Shared,
     packages::{
         ArithmeticPackage, BasicArrayPackage, BasicBlobPackage, BasicFnPackage, BasicIteratorPackage,
         BasicMapPackage, BasicMathPackage, BasicStringPackage, BitFieldPackage, LogicPackage,
@@ -60,15 +60,13 @@ rhai::def_package! {
         BasicBlobPackage,
         BasicMapPackage,
         MoreStringPackage
-    {
-        module.set_standard_lib(true);
-    }
+    {}
 }
 
 /// What every engine shares.
 pub(super) struct Library {
-    standard: SharedModule,
-    host: SharedModule,
+    standard: Shared<Module>,
+    host: Shared<Module>,
     /// The methods and properties of `ctx`, for the lint and the reference.
     pub(super) primitives: Vec<ctx::Primitive>,
     /// The names of all native functions.
@@ -89,7 +87,7 @@ const KEYWORD_FUNCTIONS: &[&str] =
 
 /// Gives modules by the path that scripts import; knows no files.
 #[derive(Clone, Default)]
-pub(super) struct Modules(pub(super) Arc<BTreeMap<String, SharedModule>>);
+pub(super) struct Modules(pub(super) Arc<BTreeMap<String, Shared<Module>>>);
 
 /// Returns what every engine shares.
 pub(super) fn library() -> &'static Library {
@@ -139,7 +137,7 @@ impl ModuleResolver for Modules {
         _source: Option<&str>,
         path: &str,
         position: Position,
-    ) -> Result<SharedModule, Box<EvalAltResult>> {
+    ) -> Result<Shared<Module>, Box<EvalAltResult>> {
         self.0
             .get(path)
             .cloned()

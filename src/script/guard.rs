@@ -91,6 +91,11 @@ impl Guard {
         self.stop.get().cloned()
     }
 
+    /// Returns how long the script may still compute.
+    pub(super) fn wall_remaining(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
     /// Returns how long the call may still take, in the runtime's time.
     pub(super) fn remaining(&self) -> Duration {
         self.timer.saturating_duration_since(tokio::time::Instant::now())

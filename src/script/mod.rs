@@ -34,6 +34,8 @@ mod locate;
 mod runner;
 mod set;
 mod source;
+#[cfg(test)]
+mod testing;
 mod threads;
 mod workload;
 

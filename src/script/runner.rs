@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Facts, HookError, HookErrorKind, SharedHost, Verdict,
-    call::{Call, Relayed, Waiter},
-    ctx::{ActionCtx, DecideCtx, Decision},
+    call::{Call, Message, Waiter},
+    ctx::{ActionCtx, DecideCtx, Decision, type_of},
     diagnostic::Diagnostic,
     engine, fault,
     guard::Guard,
@@ -60,12 +60,6 @@ pub struct Runner {
 struct Lane {
     threads: Threads,
     places: Arc<Semaphore>,
-}
-
-/// What a hook's thread has for its caller.
-enum Message {
-    Work(Relayed),
-    Done(Result<Verdict, HookError>),
 }
 
 // === impl RunnerOptions ===
@@ -147,14 +141,13 @@ impl Runner {
         let workload = Arc::clone(workload);
         if self.inline {
             let (tx, rx) = mpsc::channel();
-            let (relay, relayed) = tokio::sync::mpsc::unbounded_channel();
-            let call = begin(Waiter::Relay(relay));
+            let call = begin(Waiter::Relay(tx.clone()));
             let job = move || {
-                let _ = tx.send(perform(call, &workload));
+                let _ = tx.send(Message::Done(perform(call, &workload)));
                 drop(place);
             };
             return match lane.threads.submit(Box::new(job)) {
-                Ok(()) => stand_by(hook, &entry, &guard, &rx, relayed).await,
+                Ok(()) => stand_by(hook, &entry, &guard, rx).await,
                 Err(error) => outside(HookErrorKind::Busy, format!("no thread can be started: {error}")),
             };
         }
@@ -173,4 +166,89 @@ impl Runner {
             Err(_) => outside(HookErrorKind::Deadline, "the deadline passed in native code".to_owned()),
         }
     }
+}
+
+/// Stands still while the script computes, and does its work for the host in
+/// between; blocks the thread, which is what an inline runner is for.
+async fn stand_by(
+    hook: Hook,
+    entry: &str,
+    guard: &Guard,
+    rx: mpsc::Receiver<Message>,
+) -> Result<Verdict, HookError> {
+    loop {
+        match rx.recv_timeout(guard.wall_remaining() + GRACE) {
+            Ok(Message::Work(work)) => work.await,
+            Ok(Message::Done(result)) => return result,
+            Err(RecvTimeoutError::Timeout) => {
+                let message = "the deadline passed in native code";
+                return Err(HookError::outside(hook, HookErrorKind::Deadline, entry, message));
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                let message = "the hook's thread gave no answer";
+                return Err(HookError::outside(hook, HookErrorKind::Panicked, entry, message));
+            }
+        }
+    }
+}
+
+/// Runs one hook from its first to its last line; on a thread with a big stack.
+fn perform(call: Call, workload: &Workload) -> Result<Verdict, HookError> {
+    let call = Arc::new(call);
+    let (hook, compiled) = (call.hook, workload.compiled());
+    let whole = |kind, message: String| {
+        let place = compiled.unit.function_place(hook.name());
+        let diagnostic = Box::new(Diagnostic::at(&compiled.unit.file, place, message));
+        Err(HookError { hook, kind, diagnostic })
+    };
+    // It may have stood in the queue for long.
+    if let Some(why) = call.guard.tick() {
+        let (kind, message) = fault::stopped(Some(&why));
+        let kind = if kind == HookErrorKind::Deadline { HookErrorKind::Busy } else { kind };
+        return whole(kind, format!("{message} before it began"));
+    }
+    let result = catch_unwind(AssertUnwindSafe(|| evaluate(&call, compiled)));
+    match (result, call.guard.stopped()) {
+        (Err(_), _) => whole(HookErrorKind::Panicked, "a function of the server's panicked".to_owned()),
+        (Ok(Err(error)), _) if matches!(error.unwrap_inner(), rhai::EvalAltResult::ErrorTerminated(..)) => {
+            let (kind, diagnostic) = fault::explain(&error, &compiled.files, &compiled.entry);
+            Err(HookError { hook, kind, diagnostic: Box::new(diagnostic) })
+        }
+        // Native code can lose the error that ends a script; its result does not count.
+        (Ok(_), Some(why)) => {
+            let (kind, message) = fault::stopped(Some(&why));
+            whole(kind, message.to_owned())
+        }
+        (Ok(Err(error)), None) => {
+            let (kind, diagnostic) = fault::explain(&error, &compiled.files, &compiled.entry);
+            Err(HookError { hook, kind, diagnostic: Box::new(diagnostic) })
+        }
+        (Ok(Ok(value)), None) if value.is_unit() => Ok(Verdict::Default),
+        (Ok(Ok(value)), None) => match value.read_lock::<Decision>() {
+            Some(decision) => Ok(decision.0.clone()),
+            None => {
+                let mut may: Vec<_> = hook.verdicts().iter().map(|name| format!("ctx.{name}(…)")).collect();
+                may.push("()".to_owned());
+                whole(
+                    HookErrorKind::BadReturn,
+                    format!("returned {}; it may return {}", type_of(&value), may.join(", ")),
+                )
+            }
+        },
+    }
+}
+
+fn evaluate(call: &Arc<Call>, compiled: &Compiled) -> Result<Dynamic, Box<rhai::EvalAltResult>> {
+    let mut engine: Engine = engine::new(&call.guard, compiled.modules.clone());
+    let printed = Arc::clone(call);
+    engine.on_print(move |text| printed.log(LogLevel::Info, text, serde_json::Map::new()));
+    let debugged = Arc::clone(call);
+    engine.on_debug(move |text, _, _| debugged.log(LogLevel::Debug, text, serde_json::Map::new()));
+    let ctx = match call.hook.kind() {
+        HookKind::Decides => Dynamic::from(DecideCtx(Arc::clone(call))),
+        HookKind::Acts => Dynamic::from(ActionCtx(Arc::clone(call))),
+    };
+    // Constants and imports are seen by functions only when the top level is evaluated.
+    let options = CallFnOptions::new().eval_ast(true).rewind_scope(true);
+    engine.call_fn_with_options(options, &mut Scope::new(), &compiled.ast, call.hook.name(), (ctx,))
 }

@@ -93,6 +93,21 @@ impl Set {
         loaded.unwrap_or_else(|message| (Self::default(), vec![Diagnostic::whole("scripts", message)]))
     }
 
+    /// Loads one workload past the lint, so that tests can run what it refuses.
+    #[cfg(test)]
+    pub(super) fn load_unlinted(sources: &Sources) -> Arc<Workload> {
+        let (stem, file) = sources.workloads.first_key_value().unwrap();
+        let mut errors = Vec::new();
+        let scripts = compile::scripts(&sources.scripts, &mut errors);
+        let unit = compile::parse(file).unwrap_or_else(|error| panic!("{error}"));
+        let options = LoadOptions::default();
+        let loader = Loader { scripts: &scripts, sources: &sources.scripts, options: &options };
+        let value = loader.call(&unit).unwrap_or_else(|error| panic!("{error}"));
+        let spec = loader.spec(&unit, stem, value, &mut errors);
+        assert!(errors.is_empty(), "{errors:?}");
+        Arc::new(Workload::assemble(spec.unwrap(), None, unit, sources.scripts.clone(), scripts.modules))
+    }
+
     /// Returns a workload.
     pub fn get(&self, id: &WorkloadId) -> Option<&Arc<Workload>> {
         self.workloads.get(id)

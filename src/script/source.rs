@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::diagnostic::Diagnostic;
 
@@ -26,6 +26,7 @@ pub struct SourceFile {
     /// Its path as people know it, e.g. `workloads/redis.rhai`.
     pub name: String,
     /// Its text.
+    #[serde(serialize_with = "as_text", deserialize_with = "from_text")]
     pub text: Arc<str>,
 }
 
@@ -38,6 +39,14 @@ pub struct Sources {
     pub scripts: BTreeMap<String, SourceFile>,
     /// Directories that do not exist; they read as empty.
     pub missing: Vec<PathBuf>,
+}
+
+fn as_text<S: Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(text)
+}
+
+fn from_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
+    String::deserialize(deserializer).map(Arc::from)
 }
 
 // === impl SourceFile ===

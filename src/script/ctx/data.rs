@@ -138,7 +138,7 @@ mod tests {
     fn a_hook_reads_what_it_is_told() {
         Trial::of(Hook::OnClaim).asserts(
             r#"
-            [
+            check([
                 ctx.tenant.id == "acme",
                 ctx.tenant.metadata.plan == "pro",
                 ctx.tenant.metadata.limits.seats == 3,
@@ -153,13 +153,13 @@ mod tests {
                 ctx.container.slot == "s1",
                 ctx.container.address == (),
                 ctx.now() == 1234,
-            ]
+            ]);
             "#,
         );
     }
 
     #[test]
     fn before_there_is_a_claim_it_is_unit() {
-        Trial::of(Hook::BeforeClaim).asserts("[ctx.claim == (), ctx.container == (), ctx.now() > 0]");
+        Trial::of(Hook::BeforeClaim).asserts("check([ctx.claim == (), ctx.container == (), ctx.now() > 0]);");
     }
 }

@@ -202,7 +202,7 @@ mod tests {
             r#"
             let r = ctx.exec(["echo", "hi"]);
             let t = ctx.try_exec(#{ argv: ["false"], stdin: "in", env: #{ A: "b" }, timeout_ms: 50 });
-            [r.status == 0, r.stdout == "hi\n", r.stderr == "", !r.truncated, t.status == 1]
+            check([r.status == 0, r.stdout == "hi\n", r.stderr == "", !r.truncated, t.status == 1]);
             "#,
         );
         let calls = trial.host.calls();
@@ -218,10 +218,10 @@ mod tests {
         Trial::of(Hook::OnClaim).asserts(
             r#"
             try { ctx.exec(["false"]); } catch (e) {
-                return [e.code == "exec_failed", e.status == 1, e.stderr == "oops",
-                        e.message.contains("`false` ended with status 1")];
+                return check([e.code == "exec_failed", e.status == 1, e.stderr == "oops",
+                        e.message.contains("`false` ended with status 1")]);
             }
-            [false]
+            check([false]);
             "#,
         );
     }

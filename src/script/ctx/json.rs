@@ -35,7 +35,7 @@ mod tests {
     #[test]
     fn json_is_read() {
         Trial::of(Hook::BeforeClaim)
-            .asserts(r#"let v = parse_json(`{"a":[1,null]}`); [v.a[0] == 1, v.a[1] == (), v.to_json() == `{"a":[1,null]}`]"#);
+            .asserts(r#"let v = parse_json(`{"a":[1,null]}`); check([v.a[0] == 1, v.a[1] == (), v.to_json() == `{"a":[1,null]}`]);"#);
         let error = Trial::of(Hook::BeforeClaim).run(r#"parse_json("{")"#).unwrap_err();
         assert!(error.to_string().contains("not JSON: EOF"), "{error}");
     }

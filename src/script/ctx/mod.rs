@@ -17,7 +17,10 @@ use std::sync::Arc;
 use rhai::{Dynamic, FuncRegistration, Module, NativeCallContext, RhaiNativeFunc, Variant};
 use serde::Serialize;
 
-pub(super) use self::{secrets::SecretText, verdict::Decision};
+pub(super) use self::{
+    secrets::SecretText,
+    verdict::{Decision, not_allowed},
+};
 use super::{
     call::{Call, Failure, Outcome},
     hook::HookKind,
@@ -200,7 +203,7 @@ impl Ctx for ActionCtx {
 }
 
 /// Names a value's type as the scripts' authors know it.
-fn type_of(value: &Dynamic) -> &'static str {
+pub(super) fn type_of(value: &Dynamic) -> &'static str {
     if value.is_unit() {
         "()"
     } else if value.is_string() {

@@ -98,7 +98,7 @@ fn values(registry: &mut Registry) {
     registry.define("+", |context: NativeCallContext, left: SecretText, right: SecretText| {
         left.joined(&context, left.secret.expose(), right.secret.expose())
     });
-    registry.define("+=", |context: NativeCallContext, secret: &mut SecretText, text: ImmutableString| {
+    registry.define("+=", |context: NativeCallContext, secret: &mut SecretText, text: ImmutableString| -> Outcome<()> {
         *secret = secret.joined(&context, secret.secret.expose(), text.as_bytes())?;
         Ok(())
     });
@@ -183,7 +183,7 @@ mod tests {
             line += "end";
             ctx.secrets.write("conf", line);
             ctx.exec(#{ argv: ["cat"], stdin: "[" + (key + key) + "]" });
-            [type_of(key) == "Secret", type_of(line) == "Secret", `${key}` == "***", key.to_string() == "***"]
+            check([type_of(key) == "Secret", type_of(line) == "Secret", `${key}` == "***", key.to_string() == "***"]);
             "#,
         );
         let calls = trial.host.calls();

@@ -46,7 +46,7 @@ fn reading(registry: &mut Registry) {
         read(&context, state, path, MAX_BLOB_BYTES)
     });
     describe(registry, "list", &[1], "list(path) -> [name]", "Lists a directory; \"\" is the state directory itself.");
-    registry.define("list", |context: NativeCallContext, state: &mut State, path: Dynamic| {
+    registry.define("list", |context: NativeCallContext, state: &mut State, path: Dynamic| -> Outcome<Array> {
         let path = relative(&context, &state.0, path)?;
         let names = state.0.wait(&context, |host| async move { host.state_list(&path).await })?;
         Ok(names.into_iter().map(Dynamic::from).collect::<Array>())
@@ -120,7 +120,7 @@ mod tests {
             ];
             ctx.state.remove("raw");
             r.push(!ctx.state.exists("raw"));
-            r
+            check(r);
             "#,
         );
     }
@@ -140,6 +140,6 @@ mod tests {
             assert!(error.to_string().contains(fragment), "{body}: {error}");
         }
         Trial::of(Hook::OnClaim)
-            .asserts(r#"try { ctx.state.read("none") } catch (e) { return [e.code == "not_found"]; } [false]"#);
+            .asserts(r#"try { ctx.state.read("none") } catch (e) { return check([e.code == "not_found"]); } check([false])"#);
     }
 }
