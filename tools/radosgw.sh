@@ -164,7 +164,7 @@ osd_crush_update_on_start = false
 [client.rgw]
 monmap = $dir/data/monmap
 rgw_data = $dir/data/rgw
-rgw_frontends = beast endpoint=127.0.0.1:$2
+rgw_frontends = beast endpoint=127.0.0.1:$2 tcp_nodelay=1
 rgw_thread_pool_size = 64
 rgw_enable_usage_log = false
 rgw_enable_gc_threads = false
