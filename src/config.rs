@@ -1,7 +1,7 @@
 //! Configuration: one struct, its defaults in one place.
 //!
 //! Settings come from the environment, else from a RON file, else from the
-//! defaults; [`settings`] is the one table from which they are parsed, printed
+//! defaults; [`settings()`] is the one table from which they are parsed, printed
 //! and documented. [`Config::load`] takes the environment as data and reports
 //! everything that is wrong at once. `BOILERHOUSE_*` variables that are not known
 //! are errors, except those of the client commands and those that Kubernetes

@@ -6,6 +6,9 @@ use tempfile::TempDir;
 
 use super::*;
 
+/// Variables and their values.
+type Given = &'static [(&'static str, &'static str)];
+
 fn load(environment: &[(&str, &str)]) -> Result<Config, ConfigErrors> {
     Config::load(environment.iter().copied())
 }
@@ -41,17 +44,17 @@ fn the_defaults_are_the_original_ones() {
 /// One row each: what is given, the key to look at, and what it comes out as.
 #[test]
 fn good_values_are_taken() {
-    let s3 = [("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "k")];
-    let tokens = [("BOILERHOUSE_API_TOKENS_FILE", "/t")];
-    let rows: &[(&[(&str, &str)], &[(&str, &str)], &str, &str)] = &[
+    let s3: Given = &[("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "k")];
+    let tokens: Given = &[("BOILERHOUSE_API_TOKENS_FILE", "/t")];
+    let rows: &[(Given, Given, &str, &str)] = &[
         (&[("BOILERHOUSE_API_PORT", "0")], &[], "api_port", "0"),
         (&[("BOILERHOUSE_API_PORT", "65535")], &[], "api_port", "65535"),
         (&[("BOILERHOUSE_API_HOST", "127.9.9.9")], &[], "api_host", "127.9.9.9"),
         (&[("BOILERHOUSE_API_HOST", "::1")], &[], "api_host", "::1"),
         (&[("BOILERHOUSE_API_HOST", "::ffff:127.0.0.1")], &[], "api_host", "::ffff:127.0.0.1"),
-        (&[("BOILERHOUSE_API_HOST", "0.0.0.0")], &tokens, "api_host", "0.0.0.0"),
-        (&[("BOILERHOUSE_API_HOST", "10.0.0.1")], &tokens, "api_host", "10.0.0.1"),
-        (&[], &tokens, "api_host", "0.0.0.0"),
+        (&[("BOILERHOUSE_API_HOST", "0.0.0.0")], tokens, "api_host", "0.0.0.0"),
+        (&[("BOILERHOUSE_API_HOST", "10.0.0.1")], tokens, "api_host", "10.0.0.1"),
+        (&[], tokens, "api_host", "0.0.0.0"),
         (&[("BOILERHOUSE_POOL_SIZE", "0")], &[], "pool_size", "0"),
         (&[("BOILERHOUSE_IDLE_TIMEOUT_MS", "0")], &[], "idle_timeout_ms", "0"),
         (&[("BOILERHOUSE_STATE_DIR", "/x y/ü")], &[], "state_dir", "/x y/ü"),
@@ -62,8 +65,8 @@ fn good_values_are_taken() {
             "r.example:5000/a/b@sha256:0a",
         ),
         (&[("BOILERHOUSE_STORE", "file:///srv/store")], &[], "store", "file:///srv/store"),
-        (&[("BOILERHOUSE_STORE", "s3://bucket")], &s3, "store", "s3://bucket"),
-        (&[("BOILERHOUSE_STORE", "s3://bucket/a/b=c/")], &s3, "store", "s3://bucket/a/b=c"),
+        (&[("BOILERHOUSE_STORE", "s3://bucket")], s3, "store", "s3://bucket"),
+        (&[("BOILERHOUSE_STORE", "s3://bucket/a/b=c/")], s3, "store", "s3://bucket/a/b=c"),
         (&[("BOILERHOUSE_INSTANCE", "a")], &[], "instance", "a"),
         (
             &[("DOCKER_HOST", "unix:///run/user/1/docker.sock")],
@@ -108,7 +111,7 @@ fn good_values_are_taken() {
 /// One row each: what is given, and what the one error must say.
 #[test]
 fn bad_values_are_refused_with_their_source_and_what_is_allowed() {
-    let rows: &[(&[(&str, &str)], &[&str])] = &[
+    let rows: &[(Given, &[&str])] = &[
         (
             &[("BOILERHOUSE_API_PORT", "65536")],
             &["BOILERHOUSE_API_PORT: \"65536\" is no port; allowed: 0 to 65535"],
@@ -395,7 +398,6 @@ fn what_is_printed_can_be_loaded_again() {
     assert!(load(&[]).unwrap().to_ron().contains("    api_port: 3000, // default\n"));
 }
 
-#[cfg(unix)]
 #[test]
 fn text_that_is_no_utf_8_is_refused_and_not_a_crash() {
     use std::os::unix::ffi::OsStringExt;

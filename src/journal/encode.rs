@@ -8,6 +8,10 @@ use rusqlite::{Connection, ffi, params};
 use super::{ClaimRow, Op, error::Error};
 use crate::model::{ClaimState, Key};
 
+/// Rows nested deeper are refused: above 128 levels they could be written, but
+/// not be read again at the next start.
+const DEPTH_MAX: usize = 120;
+
 /// An operation ready to be carried out.
 pub(super) enum Write {
     PutSlot {
@@ -266,8 +270,32 @@ fn drop_tree(connection: &Connection, key: &Key) -> Result<(), Failure> {
 }
 
 fn json<T: serde::Serialize>(what: &str, row: &T) -> Result<String, Error> {
-    serde_json::to_string(row)
-        .map_err(|error| Error::Refused { what: what.to_owned(), reason: error.to_string() })
+    let refused = |reason: String| Error::Refused { what: what.to_owned(), reason };
+    let text = serde_json::to_string(row).map_err(|error| refused(error.to_string()))?;
+    if depth(&text) > DEPTH_MAX {
+        return Err(refused(format!("it is nested deeper than {DEPTH_MAX} levels")));
+    }
+    Ok(text)
+}
+
+/// Returns how deep the arrays and objects of a sound JSON text are nested.
+fn depth(json: &str) -> usize {
+    let (mut now, mut most, mut quoted, mut escaped) = (0_usize, 0, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = quoted,
+            b'"' => quoted = !quoted,
+            _ if quoted => {}
+            b'{' | b'[' => {
+                now += 1;
+                most = most.max(now);
+            }
+            b'}' | b']' => now = now.saturating_sub(1),
+            _ => {}
+        }
+    }
+    most
 }
 
 fn integer(epoch: u64) -> Result<i64, Error> {
@@ -275,4 +303,22 @@ fn integer(epoch: u64) -> Result<i64, Error> {
         what: format!("epoch {epoch}"),
         reason: format!("it is above {}", i64::MAX),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depth_counts_levels_and_not_text() {
+        for (json, expected) in [
+            ("1", 0),
+            ("{}", 1),
+            (r#"{"a":[{}],"b":[]}"#, 3),
+            (r#"["[[[","\"[[","\\"]"#, 1),
+            (r#"{"\\":[1]}"#, 2),
+        ] {
+            assert_eq!(depth(json), expected, "{json}");
+        }
+    }
 }

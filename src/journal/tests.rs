@@ -197,6 +197,23 @@ async fn operations_of_one_call_are_committed_together_or_not_at_all() {
     }
 }
 
+/// What was written must be readable at the next start, or there is none.
+#[tokio::test]
+async fn a_row_nested_too_deep_to_be_read_again_is_refused() {
+    let (_directory, path) = directory();
+    let (journal, _) = open(&path);
+    let nested = |levels: usize| {
+        let detail = (0..levels).fold(json!(1), |inner, _| json!([inner]));
+        put(ClaimRow { detail, ..claim(&format!("t{levels}"), 1, ClaimState::Active) })
+    };
+    journal.commit(vec![nested(119)], Durability::Soft).await.unwrap();
+    let refused = journal.commit(vec![nested(120)], Durability::Soft).await;
+    let Err(Error::Refused { what, reason }) = refused else { panic!("{refused:?}") };
+    assert_eq!((what.as_str(), reason.as_str()), ("a claim", "it is nested deeper than 120 levels"));
+    drop(journal);
+    assert_eq!(open(&path).1.claims.len(), 1);
+}
+
 /// A forgotten tree must not take the key's number with it (P1).
 #[tokio::test]
 async fn dropping_a_tree_keeps_its_epoch() {
@@ -446,6 +463,21 @@ async fn a_full_disk_acknowledges_nothing_and_the_journal_goes_on_when_there_is_
     }
 }
 
+/// P8, P9: no answer is not a refusal. The clock is paused, so the deadline comes at once.
+#[tokio::test(start_paused = true)]
+async fn a_commit_that_is_not_answered_in_time_is_unknown_and_may_be_given_again() {
+    let (_directory, path) = directory();
+    let (journal, _) = open(&path);
+    let held = hold(&journal);
+    let ops = || vec![put(claim("t", 1, ClaimState::Claiming))];
+    assert_eq!(journal.commit(ops(), Durability::Hard).await, Err(Error::Unknown));
+    drop(held);
+    tokio::time::resume();
+    journal.commit(ops(), Durability::Hard).await.unwrap();
+    drop(journal);
+    assert_eq!(open(&path).1.claims.len(), 1);
+}
+
 #[tokio::test]
 async fn a_failing_writer_refuses_until_its_file_can_be_opened_again() {
     let (directory, path) = directory();
@@ -505,7 +537,8 @@ async fn the_files_are_private() {
 /// Each way in which the file may be unusable, and that it is left as it was.
 #[tokio::test]
 async fn a_file_that_is_no_sound_journal_is_refused_in_words_and_left_alone() {
-    let damage: [(&str, fn(&Path), &str); 6] = [
+    type Harm = fn(&Path);
+    let damage: [(&str, Harm, &str); 6] = [
         ("no database", |path| fs::write(path, vec![b'x'; 8_192]).unwrap(), "is damaged"),
         ("a page destroyed", tear, "is damaged"),
         (

@@ -98,8 +98,24 @@ impl Writer {
         match self.transact(groups, durability) {
             Ok(()) => vec![Ok(()); groups.len()],
             Err(error) if groups.len() == 1 => vec![Err(error)],
-            Err(_) => groups.iter().map(|group| self.transact(&[*group], durability)).collect(),
+            Err(_) => self.commit_each(groups, durability),
         }
+    }
+
+    /// Commits each group alone. When the file itself fails, those that come
+    /// after are not tried: they get the same error.
+    fn commit_each(&mut self, groups: &[&Group], durability: Durability) -> Vec<Result<(), Error>> {
+        let mut results = Vec::with_capacity(groups.len());
+        for group in groups {
+            let result = self.transact(&[*group], durability);
+            let failed = if self.connection.is_none() { result.clone().err() } else { None };
+            results.push(result);
+            if let Some(error) = failed {
+                results.resize(groups.len(), Err(error));
+                break;
+            }
+        }
+        results
     }
 
     fn transact(&mut self, groups: &[&Group], durability: Durability) -> Result<(), Error> {
@@ -175,5 +191,35 @@ fn classify(path: &std::path::Path, error: &rusqlite::Error) -> (Error, bool) {
         Some(ErrorCode::DiskFull) => (Error::unavailable(path, "its disk is full"), false),
         Some(_) => (Error::database(path, error), true),
         None => (refused(), false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(durability: Durability) -> Group {
+        Group::new(vec![Op::PutFact("last", "x".into())], durability).unwrap()
+    }
+
+    /// What survives a power loss is what was synced: FULL whenever one asks for it.
+    #[test]
+    fn one_hard_commit_makes_its_batch_hard_and_the_next_soft_one_is_soft_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let (database, connection) = Database::open(&directory.path().join("journal.db")).unwrap();
+        let mut writer = Writer::new(Arc::new(database), connection);
+        let (soft, hard) = (group(Durability::Soft), group(Durability::Hard));
+        for (batch, expected) in [
+            (vec![&hard], 2),
+            (vec![&soft, &soft], 1),
+            (vec![&soft, &hard, &soft], 2),
+            (vec![&hard], 2),
+            (vec![&soft], 1),
+        ] {
+            assert!(writer.commit(&batch).into_iter().all(|result| result.is_ok()));
+            let connection = writer.connection.as_ref().unwrap();
+            let level: i64 = connection.pragma_query_value(None, "synchronous", |row| row.get(0)).unwrap();
+            assert_eq!(level, expected);
+        }
     }
 }
