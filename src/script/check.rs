@@ -54,7 +54,10 @@ fn one(path: &Path) -> Result<(String, SourceFile), Box<Diagnostic>> {
     if path.extension().is_none_or(|extension| extension != EXTENSION) {
         return Err(refuse(format!("is no script: its name does not end with .{EXTENSION}")));
     }
-    let stem = path.file_stem().and_then(|stem| stem.to_str()).ok_or_else(|| refuse("has no UTF-8 name".to_owned()))?;
+    let stem = path
+        .file_stem()
+        .and_then(|stem| stem.to_str())
+        .ok_or_else(|| refuse("has no UTF-8 name".to_owned()))?;
     Ok((stem.to_owned(), SourceFile::read(path)?))
 }
 

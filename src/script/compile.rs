@@ -128,7 +128,11 @@ fn load(
     for import in &unit.imports {
         if let Some(start) = above.iter().position(|other| *other == import.path) {
             let cycle = [&above[start..], std::slice::from_ref(&import.path)].concat().join(" → ");
-            errors.push(Diagnostic::at(&unit.file, import.place, format!("scripts import each other: {cycle}")));
+            errors.push(Diagnostic::at(
+                &unit.file,
+                import.place,
+                format!("scripts import each other: {cycle}"),
+            ));
             is_whole = false;
             continue;
         }
@@ -138,7 +142,8 @@ fn load(
     }
     above.pop();
     let module = is_whole.then(|| {
-        let ready = modules.iter().filter_map(|(path, module)| Some((path.clone(), module.clone()?))).collect();
+        let ready =
+            modules.iter().filter_map(|(path, module)| Some((path.clone(), module.clone()?))).collect();
         Module::eval_ast_as_new(Scope::new(), &unit.ast, &engine(Modules(Arc::new(ready))))
     });
     let module = match module {
@@ -212,9 +217,9 @@ impl Unit {
             for (at, _) in line.match_indices("fn") {
                 let after = line[at + 2..].trim_start();
                 if line[at + 2..].len() > after.len()
-                    && after.strip_prefix(name).is_some_and(|rest| {
-                        !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_')
-                    })
+                    && after
+                        .strip_prefix(name)
+                        .is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
                 {
                     candidates.push(Place { line: index + 1, column: line[..at].chars().count() + 1 });
                 }

@@ -64,7 +64,9 @@ fn convert(value: Dynamic, path: &str, depth: usize, misfits: &mut Vec<Misfit>) 
     if let Some(array) = value.clone().try_cast::<Array>() {
         let items = array.into_iter().enumerate();
         return Value::Array(
-            items.map(|(index, item)| convert(item, &format!("{path}[{index}]"), depth + 1, misfits)).collect(),
+            items
+                .map(|(index, item)| convert(item, &format!("{path}[{index}]"), depth + 1, misfits))
+                .collect(),
         );
     }
     if let Some(map) = value.try_cast::<Map>() {
@@ -110,9 +112,8 @@ mod tests {
 
     #[test]
     fn what_is_no_data_is_named_with_its_path() {
-        let value: Dynamic = rhai::Engine::new()
-            .eval(r#"#{ f: |x| x, list: [1, blob(1)], n: 0.0 / 0.0, ok: 1 }"#)
-            .unwrap();
+        let value: Dynamic =
+            rhai::Engine::new().eval(r#"#{ f: |x| x, list: [1, blob(1)], n: 0.0 / 0.0, ok: 1 }"#).unwrap();
         let misfits = to_json(value).unwrap_err();
         let found: Vec<_> = misfits.iter().map(|misfit| (misfit.path.as_str(), misfit.what)).collect();
         assert_eq!(found, [("f", "a function"), ("list[1]", "bytes"), ("n", "a number without a value")]);

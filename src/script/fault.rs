@@ -156,9 +156,10 @@ fn describe(error: &EvalAltResult) -> (HookErrorKind, String, Option<String>) {
         }
         EvalAltResult::ErrorRuntime(thrown, _) => match thrown.read_lock::<Failure>() {
             Some(failure) => {
-                let help = failure.exec.is_some().then(|| {
-                    "catch it, or use ctx.try_exec, to read what the command wrote".to_owned()
-                });
+                let help = failure
+                    .exec
+                    .is_some()
+                    .then(|| "catch it, or use ctx.try_exec, to read what the command wrote".to_owned());
                 (Failed, format!("{}: {}", failure.code, failure.message), help)
             }
             None if thrown.is_unit() => (Threw, "threw nothing".to_owned(), None),

@@ -34,9 +34,10 @@ fn descend(expr: &Expr, steps: &[Step]) -> Option<(usize, Place)> {
     for (depth, step) in steps.iter().enumerate() {
         let (next, place) = match (step, at) {
             (Step::Key(key), Expr::Map(map, _)) => {
-                let entry = map.0.iter().find(|(name, _)| {
-                    name.name.as_str() == key.as_str() || name.name.as_str() == camel(key)
-                });
+                let entry = map
+                    .0
+                    .iter()
+                    .find(|(name, _)| name.name.as_str() == key.as_str() || name.name.as_str() == camel(key));
                 match entry {
                     Some((name, value)) => (value, Place::of(name.pos)),
                     None => break,

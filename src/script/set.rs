@@ -46,10 +46,7 @@ pub struct Set {
 impl Default for LoadOptions {
     /// The original README's defaults.
     fn default() -> Self {
-        Self {
-            defaults: SpecDefaults { min_idle: 5, max: 50 },
-            default_image: "alpine:latest".to_owned(),
-        }
+        Self { defaults: SpecDefaults { min_idle: 5, max: 50 }, default_image: "alpine:latest".to_owned() }
     }
 }
 
@@ -78,7 +75,8 @@ impl Set {
             for unit in scripts.units.values() {
                 lint::lint(unit, Role::Shared, &scripts, &mut errors);
             }
-            let built_in = BTreeMap::from([(builtin::ID.to_owned(), builtin::source(&options.default_image))]);
+            let built_in =
+                BTreeMap::from([(builtin::ID.to_owned(), builtin::source(&options.default_image))]);
             let files = if sources.workloads.is_empty() { &built_in } else { &sources.workloads };
             for (stem, file) in files {
                 let loader = Loader { scripts: &scripts, sources: &sources.scripts, options };
@@ -175,7 +173,9 @@ impl Loader<'_> {
         }
         warnings.extend(spec.warnings().into_iter().map(|warning| {
             let message = format!("{}: {}", warning.path, warning.message);
-            Diagnostic::at(&unit.file, field_place(&unit, &warning.path), message).field(warning.path).warning()
+            Diagnostic::at(&unit.file, field_place(&unit, &warning.path), message)
+                .field(warning.path)
+                .warning()
         }));
         let scripts = compile::reachable(&unit, &self.scripts.units)
             .into_iter()
@@ -233,7 +233,8 @@ impl Loader<'_> {
         }
         let hooks: BTreeSet<_> = unit.functions().map(|(name, _)| name).collect();
         for name in spec.timeouts.keys().filter(|name| !hooks.contains(name.as_str())) {
-            let own: Vec<_> = Hook::ALL.iter().map(|hook| hook.name()).filter(|name| hooks.contains(name)).collect();
+            let own: Vec<_> =
+                Hook::ALL.iter().map(|hook| hook.name()).filter(|name| hooks.contains(name)).collect();
             let allowed = if own.is_empty() { "none: it has no hook".to_owned() } else { own.join(", ") };
             violate(format!("timeouts.{name}"), format!("this workload has no hook `{name}`"), allowed);
         }

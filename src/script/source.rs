@@ -73,7 +73,10 @@ impl SourceFile {
             // A FIFO or a device would block or never end.
             Ok(metadata) if !metadata.is_file() => return refuse("is not a file".to_owned()),
             Ok(metadata) if metadata.len() > MAX_FILE_BYTES => {
-                return refuse(format!("is {} bytes long; at most {MAX_FILE_BYTES} are read", metadata.len()));
+                return refuse(format!(
+                    "is {} bytes long; at most {MAX_FILE_BYTES} are read",
+                    metadata.len()
+                ));
             }
             Ok(_) => {}
             Err(error) => return refuse(format!("cannot be read: {error}")),
@@ -106,14 +109,17 @@ impl Sources {
                 Err(error) if error.kind() == io::ErrorKind::NotFound && !directory.exists() => {
                     sources.missing.push(directory.to_owned());
                 }
-                Err(error) => errors
-                    .push(Diagnostic::whole(directory.display().to_string(), format!("cannot be read: {error}"))),
+                Err(error) => errors.push(Diagnostic::whole(
+                    directory.display().to_string(),
+                    format!("cannot be read: {error}"),
+                )),
             }
             paths.sort();
             let into = if depth == 0 { &mut sources.workloads } else { &mut sources.scripts };
             for path in paths {
                 let Some(key) = key_of(&path, directory) else {
-                    errors.push(Diagnostic::whole(path.display().to_string(), "has a name that is not UTF-8"));
+                    errors
+                        .push(Diagnostic::whole(path.display().to_string(), "has a name that is not UTF-8"));
                     continue;
                 };
                 match SourceFile::read(&path) {

@@ -178,7 +178,11 @@ impl Trial {
         );
         let sources = Sources {
             workloads: [("w".to_owned(), SourceFile::new("w.rhai", text))].into(),
-            scripts: self.lib.iter().map(|lib| ("lib".to_owned(), SourceFile::new("lib.rhai", lib.as_str()))).collect(),
+            scripts: self
+                .lib
+                .iter()
+                .map(|lib| ("lib".to_owned(), SourceFile::new("lib.rhai", lib.as_str())))
+                .collect(),
             missing: Vec::new(),
         };
         set::Set::load_unlinted(&sources)

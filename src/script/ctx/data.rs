@@ -60,7 +60,13 @@ fn of_ctx(registry: &mut Registry) {
         Some(_) => Dynamic::from(Container(Arc::clone(call))),
         None => Dynamic::UNIT,
     });
-    registry.describe(Primitive::method("ctx", "now", &[0], "now() -> int", "Milliseconds since the Unix epoch."));
+    registry.describe(Primitive::method(
+        "ctx",
+        "now",
+        &[0],
+        "now() -> int",
+        "Milliseconds since the Unix epoch.",
+    ));
     registry.define("now", |ctx: &mut DecideCtx| now(ctx));
     registry.define("now", |ctx: &mut ActionCtx| now(ctx));
 }
@@ -86,12 +92,22 @@ fn of_tenant_and_workload(registry: &mut Registry) {
 }
 
 fn of_claim(registry: &mut Registry) {
-    registry.describe(Primitive::property("ctx.claim", "epoch", "epoch", "The claim's number, rising for ever."));
+    registry.describe(Primitive::property(
+        "ctx.claim",
+        "epoch",
+        "epoch",
+        "The claim's number, rising for ever.",
+    ));
     registry.getter("epoch", |claim: &Claim| {
         let epoch = claim.0.facts.claim.as_ref().map_or(0, |claim| claim.epoch);
         i64::try_from(epoch).unwrap_or(i64::MAX)
     });
-    registry.describe(Primitive::property("ctx.claim", "source", "source", "Where the slot came from: `warm`, `cold`, …."));
+    registry.describe(Primitive::property(
+        "ctx.claim",
+        "source",
+        "source",
+        "Where the slot came from: `warm`, `cold`, ….",
+    ));
     registry.getter("source", |claim: &Claim| {
         claim.0.facts.claim.as_ref().map_or_else(String::new, |claim| claim.source.clone())
     });

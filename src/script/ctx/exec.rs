@@ -117,7 +117,9 @@ fn parse(context: &NativeCallContext<'_>, call: &Call, command: Dynamic) -> Outc
     let size: usize = argv.iter().map(String::len).sum::<usize>()
         + env.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
     if size > MAX_ARGUMENT_BYTES {
-        return Err(refuse(format!("the command is {size} bytes long; at most {MAX_ARGUMENT_BYTES} are passed")));
+        return Err(refuse(format!(
+            "the command is {size} bytes long; at most {MAX_ARGUMENT_BYTES} are passed"
+        )));
     }
     let stdin = take("stdin").map(|stdin| content(context, call, "stdin", stdin)).transpose()?;
     let remaining = call.guard.remaining();
@@ -253,7 +255,10 @@ mod tests {
             (r#"ctx.exec(#{ argv: ["a"], env: #{ "A=": "" } })"#, "no variable name"),
             (r#"ctx.exec(#{ argv: ["a"], stdin: 1 })"#, "stdin must be text, bytes or a secret"),
             (r#"ctx.signal("SIGNOPE")"#, "no signal"),
-            (r#"let x = "0123456789abcdef"; for i in 0..14 { x += x; } ctx.exec(["a", x])"#, "at most 131072"),
+            (
+                r#"let x = "0123456789abcdef"; for i in 0..14 { x += x; } ctx.exec(["a", x])"#,
+                "at most 131072",
+            ),
         ];
         for (body, fragment) in rows {
             let trial = Trial::of(Hook::OnClaim);

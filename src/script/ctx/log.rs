@@ -35,9 +35,12 @@ pub(super) fn register(registry: &mut Registry) {
         registry.define(name, move |context: NativeCallContext, log: &mut Log, message: Dynamic| {
             write(&context, &log.0, level, message, Map::new())
         });
-        registry.define(name, move |context: NativeCallContext, log: &mut Log, message: Dynamic, fields: Map| {
-            write(&context, &log.0, level, message, fields)
-        });
+        registry.define(
+            name,
+            move |context: NativeCallContext, log: &mut Log, message: Dynamic, fields: Map| {
+                write(&context, &log.0, level, message, fields)
+            },
+        );
     }
 }
 
@@ -58,7 +61,8 @@ fn write(
     };
     let size = serde_json::to_string(&fields).map_or(0, |json| json.len());
     if size > MAX_FIELDS_BYTES {
-        let message = format!("a log line's fields are {size} bytes long; at most {MAX_FIELDS_BYTES} are kept");
+        let message =
+            format!("a log line's fields are {size} bytes long; at most {MAX_FIELDS_BYTES} are kept");
         return Err(Failure { code: "limit", message, exec: None }.throw(context));
     }
     call.log(level, &message, fields);

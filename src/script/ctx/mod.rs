@@ -287,7 +287,8 @@ mod tests {
     fn every_primitive_is_described_once_and_in_words() {
         let primitives = primitives();
         for (index, primitive) in primitives.iter().enumerate() {
-            let same = |other: &&Primitive| other.receiver == primitive.receiver && other.name == primitive.name;
+            let same =
+                |other: &&Primitive| other.receiver == primitive.receiver && other.name == primitive.name;
             assert!(!primitives[..index].iter().any(|other| same(&other)), "{primitive:?} twice");
             assert!(primitive.doc.ends_with('.'), "{primitive:?}");
             assert!(primitive.signature.starts_with(primitive.name), "{primitive:?}");

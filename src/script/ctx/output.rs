@@ -2,7 +2,6 @@
 
 use rhai::{Dynamic, NativeCallContext};
 
-
 use super::{ActionCtx, Ctx, Primitive, Registry, SecretText, data, text};
 use crate::{
     model::Secret,
@@ -27,21 +26,24 @@ pub(super) fn register(registry: &mut Registry) {
         )
         .acts_only(),
     );
-    registry.define("set_output", |context: NativeCallContext, ctx: &mut ActionCtx, key: Dynamic, value: Dynamic| {
-        let call = ctx.call();
-        let key = text(&context, call, "the key", key)?;
-        let is_key = (1..=63).contains(&key.len())
-            && key.starts_with(|c: char| c.is_ascii_alphabetic())
-            && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
-        if !is_key {
-            let message = format!("the key {key:?} does not match ^[A-Za-z][A-Za-z0-9._-]{{0,62}}$");
-            return Err(Failure::invalid(message).throw(&context));
-        }
-        let output = output(&context, call, value.flatten())?;
-        call.host(&context)?
-            .set_output(&key, output)
-            .map_err(|error| Failure::from(error).throw(&context))
-    });
+    registry.define(
+        "set_output",
+        |context: NativeCallContext, ctx: &mut ActionCtx, key: Dynamic, value: Dynamic| {
+            let call = ctx.call();
+            let key = text(&context, call, "the key", key)?;
+            let is_key = (1..=63).contains(&key.len())
+                && key.starts_with(|c: char| c.is_ascii_alphabetic())
+                && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
+            if !is_key {
+                let message = format!("the key {key:?} does not match ^[A-Za-z][A-Za-z0-9._-]{{0,62}}$");
+                return Err(Failure::invalid(message).throw(&context));
+            }
+            let output = output(&context, call, value.flatten())?;
+            call.host(&context)?
+                .set_output(&key, output)
+                .map_err(|error| Failure::from(error).throw(&context))
+        },
+    );
 }
 
 fn output(context: &NativeCallContext<'_>, call: &Call, value: Dynamic) -> Outcome<Output> {
@@ -57,7 +59,6 @@ fn output(context: &NativeCallContext<'_>, call: &Call, value: Dynamic) -> Outco
     }
     Ok(Output::Plain(value))
 }
-
 
 #[cfg(test)]
 mod tests {

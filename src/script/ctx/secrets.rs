@@ -37,7 +37,9 @@ pub(super) fn register(registry: &mut Registry) {
     values(registry);
     registry.module.set_custom_type::<Secrets>("Secrets");
     registry.describe(
-        Primitive::property("ctx", "secrets", "secrets", "The tenant's secrets.").gives("ctx.secrets").acts_only(),
+        Primitive::property("ctx", "secrets", "secrets", "The tenant's secrets.")
+            .gives("ctx.secrets")
+            .acts_only(),
     );
     registry.getter("secrets", |ctx: &ActionCtx| Secrets(Arc::clone(ctx.call())));
     registry.describe(
@@ -50,11 +52,14 @@ pub(super) fn register(registry: &mut Registry) {
         )
         .acts_only(),
     );
-    registry.define("write", |context: NativeCallContext, secrets: &mut Secrets, name: Dynamic, value: Dynamic| {
-        let name = file_name(&context, &secrets.0, name)?;
-        let secret = content(&context, &secrets.0, "a secret", value)?;
-        secrets.0.wait(&context, |host| async move { host.secret_write(&name, secret).await })
-    });
+    registry.define(
+        "write",
+        |context: NativeCallContext, secrets: &mut Secrets, name: Dynamic, value: Dynamic| {
+            let name = file_name(&context, &secrets.0, name)?;
+            let secret = content(&context, &secrets.0, "a secret", value)?;
+            secrets.0.wait(&context, |host| async move { host.secret_write(&name, secret).await })
+        },
+    );
     registry.describe(
         Primitive::method(
             "ctx.secrets",
@@ -73,8 +78,9 @@ pub(super) fn register(registry: &mut Registry) {
             let Some(bytes) = bytes.and_then(|bytes| usize::try_from(bytes).ok()) else {
                 return Err(Failure::invalid("a made secret has 16 to 1024 bytes").throw(&context));
             };
-            let secret =
-                secrets.0.wait(&context, |host| async move { host.secret_get_or_create(&name, bytes).await })?;
+            let secret = secrets
+                .0
+                .wait(&context, |host| async move { host.secret_get_or_create(&name, bytes).await })?;
             Ok(SecretText { secret: Arc::new(secret), masked: Arc::clone(&secrets.0.masked) })
         },
     );
@@ -98,14 +104,20 @@ fn values(registry: &mut Registry) {
     registry.define("+", |context: NativeCallContext, left: SecretText, right: SecretText| {
         left.joined(&context, left.secret.expose(), right.secret.expose())
     });
-    registry.define("+=", |context: NativeCallContext, secret: &mut SecretText, text: ImmutableString| -> Outcome<()> {
-        *secret = secret.joined(&context, secret.secret.expose(), text.as_bytes())?;
-        Ok(())
-    });
-    registry.define("+=", |context: NativeCallContext, _: &mut ImmutableString, _: SecretText| -> Outcome<()> {
-        let message = "a secret cannot be added to text in place; write `text = text + secret`";
-        Err(Failure::invalid(message).throw(&context))
-    });
+    registry.define(
+        "+=",
+        |context: NativeCallContext, secret: &mut SecretText, text: ImmutableString| -> Outcome<()> {
+            *secret = secret.joined(&context, secret.secret.expose(), text.as_bytes())?;
+            Ok(())
+        },
+    );
+    registry.define(
+        "+=",
+        |context: NativeCallContext, _: &mut ImmutableString, _: SecretText| -> Outcome<()> {
+            let message = "a secret cannot be added to text in place; write `text = text + secret`";
+            Err(Failure::invalid(message).throw(&context))
+        },
+    );
 }
 
 // === impl SecretText ===
@@ -210,8 +222,9 @@ mod tests {
         ];
         for (body, fragment) in rows {
             let trial = Trial::of(Hook::OnClaim);
-            let error =
-                trial.run(&format!("let key = ctx.secrets.get_or_create(\"key\", 32);\n{body}")).expect_err(body);
+            let error = trial
+                .run(&format!("let key = ctx.secrets.get_or_create(\"key\", 32);\n{body}"))
+                .expect_err(body);
             assert!(error.to_string().contains(fragment), "{body}: {error}");
             assert!(!format!("{error} {error:?}").contains("s3cr3t"), "{body}: {error:?}");
             assert_eq!(trial.host.calls(), ["get_or_create key 32"], "{body}");

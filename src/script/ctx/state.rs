@@ -23,14 +23,22 @@ struct State(Arc<Call>);
 pub(super) fn register(registry: &mut Registry) {
     registry.module.set_custom_type::<State>("State");
     registry.describe(
-        Primitive::property("ctx", "state", "state", "The tenant's state directory.").gives("ctx.state").acts_only(),
+        Primitive::property("ctx", "state", "state", "The tenant's state directory.")
+            .gives("ctx.state")
+            .acts_only(),
     );
     registry.getter("state", |ctx: &ActionCtx| State(Arc::clone(ctx.call())));
     reading(registry);
     writing(registry);
 }
 
-fn describe(registry: &mut Registry, name: &'static str, parameters: &'static [usize], signature: &'static str, doc: &'static str) {
+fn describe(
+    registry: &mut Registry,
+    name: &'static str,
+    parameters: &'static [usize],
+    signature: &'static str,
+    doc: &'static str,
+) {
     registry.describe(Primitive::method("ctx.state", name, parameters, signature, doc).acts_only());
 }
 
@@ -42,15 +50,27 @@ fn reading(registry: &mut Registry) {
             .map_err(|_| Failure::invalid("the file is not UTF-8 text; use read_bytes").throw(&context))
     });
     describe(registry, "read_bytes", &[1], "read_bytes(path) -> blob", "Reads a file, up to 10000 bytes.");
-    registry.define("read_bytes", |context: NativeCallContext, state: &mut State, path: Dynamic| -> Outcome<Blob> {
-        read(&context, state, path, MAX_BLOB_BYTES)
-    });
-    describe(registry, "list", &[1], "list(path) -> [name]", "Lists a directory; \"\" is the state directory itself.");
-    registry.define("list", |context: NativeCallContext, state: &mut State, path: Dynamic| -> Outcome<Array> {
-        let path = relative(&context, &state.0, path)?;
-        let names = state.0.wait(&context, |host| async move { host.state_list(&path).await })?;
-        Ok(names.into_iter().map(Dynamic::from).collect::<Array>())
-    });
+    registry.define(
+        "read_bytes",
+        |context: NativeCallContext, state: &mut State, path: Dynamic| -> Outcome<Blob> {
+            read(&context, state, path, MAX_BLOB_BYTES)
+        },
+    );
+    describe(
+        registry,
+        "list",
+        &[1],
+        "list(path) -> [name]",
+        "Lists a directory; \"\" is the state directory itself.",
+    );
+    registry.define(
+        "list",
+        |context: NativeCallContext, state: &mut State, path: Dynamic| -> Outcome<Array> {
+            let path = relative(&context, &state.0, path)?;
+            let names = state.0.wait(&context, |host| async move { host.state_list(&path).await })?;
+            Ok(names.into_iter().map(Dynamic::from).collect::<Array>())
+        },
+    );
     describe(registry, "exists", &[1], "exists(path) -> bool", "Asks whether something is there.");
     registry.define("exists", |context: NativeCallContext, state: &mut State, path: Dynamic| {
         let path = relative(&context, &state.0, path)?;
@@ -66,11 +86,14 @@ fn writing(registry: &mut Registry) {
         "write(path, text | bytes | secret)",
         "Writes a file whole, making the directories above it.",
     );
-    registry.define("write", |context: NativeCallContext, state: &mut State, path: Dynamic, value: Dynamic| {
-        let path = relative(&context, &state.0, path)?;
-        let content = content(&context, &state.0, "a file", value)?;
-        state.0.wait(&context, |host| async move { host.state_write(&path, content).await })
-    });
+    registry.define(
+        "write",
+        |context: NativeCallContext, state: &mut State, path: Dynamic, value: Dynamic| {
+            let path = relative(&context, &state.0, path)?;
+            let content = content(&context, &state.0, "a file", value)?;
+            state.0.wait(&context, |host| async move { host.state_write(&path, content).await })
+        },
+    );
     describe(registry, "remove", &[1], "remove(path)", "Removes a file, or a directory with what is in it.");
     registry.define("remove", |context: NativeCallContext, state: &mut State, path: Dynamic| {
         let path = relative(&context, &state.0, path)?;

@@ -44,14 +44,20 @@ pub(super) fn register(registry: &mut Registry) {
         "reject(code, message)",
         "The claim is refused; the claimer gets the code and the message.",
     ));
-    registry.define("reject", |context: NativeCallContext, ctx: &mut DecideCtx, code: Dynamic, message: Dynamic| {
-        let verdict = reject(&context, ctx, code, message)?;
-        allowed(&context, ctx, "reject", verdict)
-    });
-    registry.define("reject", |context: NativeCallContext, ctx: &mut ActionCtx, code: Dynamic, message: Dynamic| {
-        let verdict = reject(&context, ctx, code, message)?;
-        allowed(&context, ctx, "reject", verdict)
-    });
+    registry.define(
+        "reject",
+        |context: NativeCallContext, ctx: &mut DecideCtx, code: Dynamic, message: Dynamic| {
+            let verdict = reject(&context, ctx, code, message)?;
+            allowed(&context, ctx, "reject", verdict)
+        },
+    );
+    registry.define(
+        "reject",
+        |context: NativeCallContext, ctx: &mut ActionCtx, code: Dynamic, message: Dynamic| {
+            let verdict = reject(&context, ctx, code, message)?;
+            allowed(&context, ctx, "reject", verdict)
+        },
+    );
     registry.describe(
         Primitive::method(
             "ctx",
@@ -67,7 +73,8 @@ pub(super) fn register(registry: &mut Registry) {
         allowed(&context, ctx, "retry_after", verdict)
     });
     registry.describe(
-        Primitive::method("ctx", "retire", &[0], "retire()", "The released slot is destroyed.").decides_only(),
+        Primitive::method("ctx", "retire", &[0], "retire()", "The released slot is destroyed.")
+            .decides_only(),
     );
     registry.define("retire", |context: NativeCallContext, ctx: &mut DecideCtx| {
         allowed(&context, ctx, "retire", Verdict::Retire)

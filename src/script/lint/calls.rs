@@ -49,7 +49,8 @@ pub(super) fn lint(unit: &Unit, role: Role, scripts: &Scripts, errors: &mut Vec<
             Some(_) => parameters.clone().next(),
             None => parameters.clone().find(|parameter| *parameter == CTX),
         };
-        let scope = Scope { unit, ctx: ctx.filter(|ctx| !is_shadowed(unit, name, function.params.len(), ctx)), hook };
+        let scope =
+            Scope { unit, ctx: ctx.filter(|ctx| !is_shadowed(unit, name, function.params.len(), ctx)), hook };
         let mut checked = BTreeSet::new();
         unit.walk_function(name, function.params.len(), &mut |nodes: &[ASTNode]| {
             node(&scope, &names, nodes, &mut checked, errors);
@@ -124,7 +125,11 @@ fn node(
                 && scope.is_ctx(&chain.lhs)
             {
                 let help = "ctx is there to read; use ctx.set_output(key, value) to answer the claimer";
-                errors.push(scope.at(assignment.1.lhs.start_position(), "assigns to ctx, which has no effect").help(help));
+                errors.push(
+                    scope
+                        .at(assignment.1.lhs.start_position(), "assigns to ctx, which has no effect")
+                        .help(help),
+                );
             }
         }
         Some(ASTNode::Expr(Expr::Dot(chain, ..))) if scope.is_ctx(&chain.lhs) => {
@@ -159,7 +164,9 @@ fn follow(
     };
     match link {
         Expr::Property(property, position) => {
-            let Some(found) = member(scope, receiver, PrimitiveKind::Property, &property.2, *position, errors) else {
+            let Some(found) =
+                member(scope, receiver, PrimitiveKind::Property, &property.2, *position, errors)
+            else {
                 return;
             };
             if let (Some(gives), Some(rest)) = (found.gives, rest) {
@@ -168,11 +175,17 @@ fn follow(
         }
         Expr::MethodCall(call, position) => {
             checked.extend(Place::of(*position));
-            let Some(found) = member(scope, receiver, PrimitiveKind::Method, &call.name, *position, errors) else {
+            let Some(found) = member(scope, receiver, PrimitiveKind::Method, &call.name, *position, errors)
+            else {
                 return;
             };
             if !found.parameters.contains(&call.args.len()) {
-                let message = format!("`{receiver}.{}` takes {}, not {}", found.name, count(found.parameters), call.args.len());
+                let message = format!(
+                    "`{receiver}.{}` takes {}, not {}",
+                    found.name,
+                    count(found.parameters),
+                    call.args.len()
+                );
                 errors.push(scope.at(*position, message).help(format!("{receiver}.{}", found.signature)));
             }
             if let Some(hook) = scope.hook
@@ -255,7 +268,8 @@ fn function(
             Some(parameters) if parameters.contains(&call.args.len()) => {}
             Some(parameters) => {
                 let parameters: Vec<_> = parameters.iter().copied().collect();
-                let message = format!("`{alias}::{name}` takes {}, not {}", count(&parameters), call.args.len());
+                let message =
+                    format!("`{alias}::{name}` takes {}, not {}", count(&parameters), call.args.len());
                 errors.push(scope.at(position, message));
             }
             None => {
@@ -318,7 +332,9 @@ impl Scope<'_> {
 impl Names<'_> {
     /// Returns whether any value could have that method.
     fn has_anywhere(&self, name: &str) -> bool {
-        engine::library().names.contains(name) || self.functions.contains_key(name) || self.values.contains(name)
+        engine::library().names.contains(name)
+            || self.functions.contains_key(name)
+            || self.values.contains(name)
     }
 
     fn suggest(&self, name: &str) -> Option<String> {

@@ -54,7 +54,9 @@ fn top_level(unit: &Unit, errors: &mut Vec<Diagnostic>) {
         let Stmt::Import(import, position) = statement else { continue };
         let at = |message: &str| Diagnostic::at(&unit.file, Place::of(*position), message);
         if !matches!(import.0, Expr::StringConstant(..)) {
-            errors.push(at("the path of an import must be a plain text").help("e.g. import \"lib/motd\" as motd;"));
+            errors.push(
+                at("the path of an import must be a plain text").help("e.g. import \"lib/motd\" as motd;"),
+            );
         } else if import.1.name.is_empty() {
             errors.push(at("an import needs a name").help("e.g. import \"lib/motd\" as motd;"));
         }
@@ -80,7 +82,10 @@ fn hooks(unit: &Unit, errors: &mut Vec<Diagnostic>) {
         if name == "workload" {
             has_workload = true;
             if parameters != 0 {
-                errors.push(at(format!("`workload` takes no parameters, not {parameters}")).help("fn workload() { #{ … } }"));
+                errors.push(
+                    at(format!("`workload` takes no parameters, not {parameters}"))
+                        .help("fn workload() { #{ … } }"),
+                );
             }
         } else if Hook::from_name(name).is_some() {
             if parameters != 1 {
@@ -94,7 +99,9 @@ fn hooks(unit: &Unit, errors: &mut Vec<Diagnostic>) {
             let all = HOOKS.iter().chain(LATER_HOOKS).copied();
             let help = match closest(name, all) {
                 Some(near) => format!("did you mean `{near}`?"),
-                None => format!("the hooks are {}; give a function of your own another name", HOOKS.join(", ")),
+                None => {
+                    format!("the hooks are {}; give a function of your own another name", HOOKS.join(", "))
+                }
             };
             errors.push(at(format!("`{name}` is no hook")).help(help));
         }
