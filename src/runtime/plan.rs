@@ -165,8 +165,7 @@ fn tmpfs(further: &[String], resources: &Resources) -> BTreeMap<String, String> 
 
 fn nano_cpus(cpus: f64) -> i64 {
     // The cast saturates; a spec has checked that the number is finite and positive.
-    let nano = (cpus * 1e9).round() as i64;
-    nano
+    (cpus * 1e9).round() as i64
 }
 
 fn mebibytes(mib: u64) -> i64 {

@@ -55,7 +55,7 @@ pub(super) fn from_summary(found: &ContainerSummary) -> Observed {
     let networks = found.network_settings.as_ref().and_then(|settings| settings.networks.as_ref());
     Observed {
         id: ContainerId(found.id.clone().unwrap_or_default()),
-        name: found.names.as_ref().and_then(|names| names.first()).map(|name| bare(name)).unwrap_or_default(),
+        name: found.names.as_ref().and_then(|names| names.first()).map(bare).unwrap_or_default(),
         labels: found.labels.as_ref().and_then(Labels::from_map),
         status,
         address: address(mode, networks),
