@@ -1,6 +1,9 @@
 //! What the container-engine port promises, held by the fake engine and by a real
 //! Docker engine alike. What only a real one can show is in `tests/isolation.rs`.
 
+#![allow(unreachable_pub, reason = "the parts of a test share what they need")]
+#![allow(clippy::unwrap_used, reason = "a test ends where it is surprised")]
+
 mod conformance {
     pub mod lossy;
     pub mod rows;

@@ -1,6 +1,8 @@
 //! What a container cannot do, tried from inside real ones. Each hardening default of
 //! `runtime::plan` has a row that fails when the default is gone.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it is surprised")]
+
 mod support;
 
 use std::collections::BTreeMap;

@@ -297,8 +297,13 @@ impl Runtime for DockerRuntime {
     // halves one could not say which was reached.
     async fn restart(&self, id: &ContainerId, grace: Duration) -> Result<(), Error> {
         self.stop_as("restart", id, None, grace).await?;
-        let call = Call::changes("restart", &id.0);
-        bounded(&call, START_MS, self.client().await?.start_container(&id.0, None)).await
+        match self.start(id).await {
+            // One half is done, so that an engine that went away meanwhile leaves it unknown.
+            Err(Error::Unavailable(cause) | Error::Unknown { source: cause, .. }) => {
+                Err(Call::changes("restart", &id.0).unknown(cause))
+            }
+            other => other,
+        }
     }
 
     async fn pause(&self, id: &ContainerId) -> Result<(), Error> {
@@ -328,25 +333,25 @@ impl Runtime for DockerRuntime {
         // tenant wrote there.
         let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
         let mut refusal = None;
+        let mut is_sent = false;
         while Instant::now() < until {
             // Gone is what counts, whoever removed it.
-            if self.look(id_or_name).await.map_err(|error| unsettled(&call, error))?.is_none() {
-                return Ok(());
-            }
-            match bounded(
-                &call,
-                REMOVE_MS,
-                self.client().await?.remove_container(id_or_name, Some(options.clone())),
-            )
-            .await
-            {
-                // Removed, or another call is removing it: the next look tells.
-                Ok(()) => {}
-                Err(error @ Error::Conflict { .. }) => refusal = Some(error),
+            match self.look(id_or_name).await {
+                Ok(None) => return Ok(()),
+                Ok(Some(_)) => {}
+                Err(error) if is_sent => return Err(unsettled(&call, error)),
                 Err(error) => return Err(error),
             }
-            if refusal.is_some() {
-                sleep(Duration::from_millis(POLL_MS)).await;
+            is_sent = true;
+            let removal = self.client().await?.remove_container(id_or_name, Some(options.clone()));
+            match bounded(&call, REMOVE_MS, removal).await {
+                // Removed, or another call is removing it: the next look tells.
+                Ok(()) => {}
+                Err(error @ Error::Conflict { .. }) => {
+                    refusal = Some(error);
+                    sleep(Duration::from_millis(POLL_MS)).await;
+                }
+                Err(error) => return Err(error),
             }
         }
         Err(refusal.unwrap_or_else(|| call.unknown(cause(Deadline { after_ms: REMOVE_MS }))))
