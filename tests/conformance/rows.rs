@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use boilerhouse::{
-    model::{Owner, Secret, spec::PullPolicy},
+    model::{
+        Owner, Secret,
+        spec::{Network, PullPolicy},
+    },
     runtime::{ContainerStatus, Error, Event, EventKind, fake::Operation},
 };
 use futures_util::{FutureExt, StreamExt, future::BoxFuture};
@@ -27,7 +30,9 @@ macro_rules! rows {
 
 /// Every promise.
 pub const ROWS: &[Row] = rows![
+    an_engine_says_what_it_is,
     a_container_is_created_then_started,
+    a_container_on_a_network_has_an_address,
     a_command_gives_status_and_both_outputs,
     a_command_gets_environment_and_stdin,
     output_beyond_the_cap_is_cut,
@@ -73,6 +78,31 @@ async fn a_container_is_created_then_started(subject: &Subject) {
     subject.runtime.start(&created.id).await.unwrap();
     assert_eq!(subject.status(&created.id).await, Some(ContainerStatus::Running));
     subject.runtime.start(&created.id).await.expect("running already is success");
+}
+
+async fn an_engine_says_what_it_is(subject: &Subject) {
+    let engine = subject.runtime.probe().await.unwrap();
+    assert!(engine.version.starts_with(if subject.is_fake() { "fake" } else { "docker " }), "{engine:?}");
+    assert_eq!(engine.refusals, Vec::<String>::new(), "this suite needs an engine that can serve");
+}
+
+async fn a_container_on_a_network_has_an_address(subject: &Subject) {
+    let mut spec = subject.spec(Program::Obeys);
+    // The one that every Docker engine has.
+    spec.network = Network::Named("bridge".into());
+    let created = subject.runtime.create(&subject.plan_for("s1", &spec, Vec::new())).await.unwrap();
+    assert_eq!(subject.look(&created.id.0).await.unwrap().address, None, "not before it runs");
+    subject.runtime.start(&created.id).await.unwrap();
+    let address = subject.look(&created.id.0).await.unwrap().address.expect("an address");
+    assert!(address.parse::<std::net::IpAddr>().is_ok(), "{address}");
+    spec.network = Network::Named(format!("{}-none", subject.instance));
+    if !subject.is_fake() {
+        // The engine finds out when it connects the container.
+        let created = subject.runtime.create(&subject.plan_for("s2", &spec, Vec::new())).await.unwrap();
+        let error = subject.runtime.start(&created.id).await.unwrap_err();
+        let named = matches!(&error, Error::Refused { reason, .. } if reason.contains("-none not found"));
+        assert!(named, "{error:?}");
+    }
 }
 
 async fn a_command_gives_status_and_both_outputs(subject: &Subject) {

@@ -109,6 +109,8 @@ impl<'a> Call<'a> {
     fn answered(&self, status: u16, message: &str) -> Error {
         let message = message.trim();
         match status {
+            // Not the container that is missing: a network that its plan names.
+            404 if message.starts_with("network ") => self.refused(message),
             404 | 409 => self.conflict(message),
             503 => Error::Unavailable(words(message)),
             500.. if LOST_WORDS.iter().any(|words| message.contains(words)) => self.lost(words(message)),
@@ -140,6 +142,7 @@ mod tests {
         for (call, status, message, expected) in [
             (reads, 404, "No such container: x", "conflict"),
             (changes, 404, "No such container: x", "conflict"),
+            (changes, 404, "network apps not found", "refused"),
             (changes, 409, "Container x is paused", "conflict"),
             (changes, 400, "invalid tmpfs option", "refused"),
             (changes, 500, "OCI runtime create failed: exec: \"nope\": not found", "refused"),
