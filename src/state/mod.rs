@@ -14,6 +14,7 @@
 //!   except [`SlotFiles::discard`], whose caller vouches for it.
 //! - P12: every walk is confined below its directory; links are data.
 
+pub mod fake;
 pub mod host;
 mod snapshot;
 

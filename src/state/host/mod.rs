@@ -53,6 +53,8 @@ use super::{
     Captured, CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, Saved, SlotFiles, Survey,
     snapshot,
 };
+pub(super) use secrets::is_secret_name;
+
 use checkpoint::Checkpoints;
 use layout::Layout;
 use staging::LiveStaging;

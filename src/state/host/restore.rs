@@ -15,8 +15,8 @@ use super::{
     fill::{TREE, map_owner},
     slot::write_new,
     snapshot::{
-        Digest, Fetch, Manifest, Meta, Node, ObjectKind, ObjectName, Part, damaged, decompress,
-        key_prefix, object_key, plan,
+        Digest, Fetch, Manifest, Meta, Node, ObjectKind, ObjectName, Part, damaged, decompress, key_prefix,
+        object_key, plan,
     },
     staging::Staging,
 };

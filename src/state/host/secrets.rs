@@ -14,7 +14,7 @@ use super::{Error, Inner};
 const NAME_PATTERN: &str = "^[A-Za-z0-9_][A-Za-z0-9._-]{0,126}$";
 
 /// Returns whether `name` matches [`NAME_PATTERN`]: never a path, never hidden.
-fn is_secret_name(name: &str) -> bool {
+pub(in crate::state) fn is_secret_name(name: &str) -> bool {
     let bytes = name.as_bytes();
     bytes.len() <= 127
         && bytes.first().is_some_and(|first| first.is_ascii_alphanumeric() || *first == b'_')
