@@ -1,11 +1,6 @@
 //! Wires a node together, runs it, and takes it down in order.
 
-use std::{
-    net::SocketAddr,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
@@ -22,8 +17,15 @@ use crate::{
     runtime::{self, SharedRuntime, docker::DockerRuntime},
     script::{Diagnostic, LoadOptions, Runner, RunnerOptions, Set, Sources},
     seal::{self, MasterKey},
-    state::{self, SharedFiles, host::{HostDirs, HostFiles}},
-    store::{self, SharedStore, local::LocalStore, s3::{Limits, S3Store}},
+    state::{
+        self, SharedFiles,
+        host::{HostDirs, HostFiles},
+    },
+    store::{
+        self, SharedStore,
+        local::LocalStore,
+        s3::{Limits, S3Store},
+    },
     telemetry::{Metrics, PoolSample},
     tenancy::{Parts, Tenancy},
     upkeep::Upkeep,
@@ -237,7 +239,8 @@ pub async fn serve(config: Config) -> Result<(), Error> {
     let set = load_workloads(&config)?;
     let auth = config.api_tokens_file.as_deref().map(Auth::read).transpose();
     let auth = auth.map_err(|errors| Error::Tokens(errors.to_string()))?.unwrap_or_else(Auth::loopback);
-    let master_key = config.master_key_file.as_deref().map(MasterKey::read).transpose().map_err(Error::MasterKey)?;
+    let master_key =
+        config.master_key_file.as_deref().map(MasterKey::read).transpose().map_err(Error::MasterKey)?;
     let instance = config::instance(&config, &config::machine_id());
     make_dir(&config.state_dir)?;
     let (store, store_name) = open_store(&config, &clock)?;
@@ -246,15 +249,13 @@ pub async fn serve(config: Config) -> Result<(), Error> {
         secrets_dir: config.secrets_dir.clone(),
         socket_dir: config.socket_dir.clone(),
     };
-    let files: SharedFiles = Arc::new(
-        HostFiles::open(dirs, Arc::clone(&store), Arc::clone(&clock)).map_err(Error::State)?,
-    );
-    let (journal, loaded) =
-        Journal::open(&config.state_dir.join("journal.db"), journal::Mode::Threaded).map_err(Error::Journal)?;
+    let files: SharedFiles =
+        Arc::new(HostFiles::open(dirs, Arc::clone(&store), Arc::clone(&clock)).map_err(Error::State)?);
+    let (journal, loaded) = Journal::open(&config.state_dir.join("journal.db"), journal::Mode::Threaded)
+        .map_err(Error::Journal)?;
     let runtime: SharedRuntime =
         Arc::new(DockerRuntime::connect(config.docker_host.as_deref()).map_err(Error::Runtime)?);
     check_engine(&runtime).await?;
-    check_store(&store).await;
     let listener = listen(SocketAddr::new(config.api_host, config.api_port)).await?;
     let address = listener
         .local_addr()
@@ -276,6 +277,7 @@ pub async fn serve(config: Config) -> Result<(), Error> {
         idle_timeout_ms: config.idle_timeout_ms,
         crash: crash_points(&config),
     })?;
+    node.tasks.spawn("probe store", check_store(Arc::clone(&node.upkeep.store), node.tenancy.clone()));
     node.start_upkeep().await?;
     info!(%address, instance, version = env!("CARGO_PKG_VERSION"), "listening");
     let router = api::router(ApiState::new(node.tenancy.clone(), auth, metrics_text(&node)));
@@ -322,7 +324,8 @@ fn open_store(config: &Config, clock: &SharedClock) -> Result<(SharedStore, Stri
             Ok((Arc::new(store), config.store.to_string()))
         }
         StoreLocation::S3 { bucket, prefix } => {
-            let store = S3Store::connect(bucket, prefix, &config.aws, Limits::default(), Arc::clone(clock)).map_err(Error::Store)?;
+            let store = S3Store::connect(bucket, prefix, &config.aws, Limits::default(), Arc::clone(clock))
+                .map_err(Error::Store)?;
             Ok((Arc::new(store), config.store.to_string()))
         }
     }
@@ -371,9 +374,14 @@ async fn check_engine(runtime: &SharedRuntime) -> Result<(), Error> {
     }
 }
 
-async fn check_store(store: &SharedStore) {
+/// Probes the store beside everything else: one that is down does not keep the server down.
+async fn check_store(store: SharedStore, tenancy: Tenancy) {
     if let Err(error) = store.probe().await {
-        error!(error = &error as &dyn std::error::Error, "store does not work yet; claims that need it fail until it does");
+        error!(
+            error = &error as &dyn std::error::Error,
+            "store does not work yet; claims that need it fail until it does"
+        );
+        tenancy.set_health("store", Some(error.to_string()));
     }
 }
 
@@ -410,7 +418,8 @@ fn crash_points(_: &Config) -> CrashPoints {
 
 async fn wait_for_signal() {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         error!("signals cannot be waited for; only SIGKILL ends this server");
         return std::future::pending().await;
     };

@@ -100,7 +100,8 @@ async fn nothing_leaks(home: &Home, server: &Server) {
             entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
         };
         let containers: BTreeSet<String> = home.containers().into_iter().collect();
-        let known = |found: BTreeSet<String>| found.iter().all(|name| ids.contains(name) || name.starts_with('.'));
+        let known =
+            |found: BTreeSet<String>| found.iter().all(|name| ids.contains(name) || name.starts_with('.'));
         containers == names
             && folders("states/slots") == ids
             && known(folders("secrets"))
@@ -127,7 +128,10 @@ async fn the_same_tree_comes_back_on_another_server_from_s3_alone() {
     assert_eq!(container(&again), container(&claim));
     let released = server.release("acme", "durable").await;
     assert_eq!(released["epoch"], 1);
-    wait_for("the released container is gone", SOON, async || !home.containers().contains(&container(&claim))).await;
+    wait_for("the released container is gone", SOON, async || {
+        !home.containers().contains(&container(&claim))
+    })
+    .await;
     // On this node the tree comes from the cache.
     let here = server.claim("acme", json!({})).await;
     assert_eq!((&here["state"]["source"], &here["epoch"]), (&json!("cache"), &json!(2)));
@@ -150,7 +154,9 @@ async fn p1_two_hundred_concurrent_claims_of_one_tenant_give_one_container() {
     let home = Home::new("one", &[("worker", &workload("worker", "pool: #{ min_idle: 2, max: 8 },"))]);
     let server = home.start().await;
     let server = &server;
-    let claims = futures_util::future::join_all((0..200).map(|_| server.claim("acme", json!({ "wait_ms": 60000 })))).await;
+    let claims =
+        futures_util::future::join_all((0..200).map(|_| server.claim("acme", json!({ "wait_ms": 60000 }))))
+            .await;
     let containers: BTreeSet<String> = claims.iter().map(container).collect();
     assert_eq!(containers.len(), 1, "{containers:?}");
     assert_eq!(claims.iter().filter(|claim| claim["source"] != "existing").count(), 1);
@@ -267,7 +273,8 @@ async fn p7_kill_9_amid_claims_and_releases_leaves_nothing_without_an_owner() {
                             .args(["exec", &name, "/bin/sh", "-c", &script])
                             .output()
                             .is_ok_and(|output| output.status.success());
-                        let released = server.try_post(&format!("/tenants/{tenant}/release"), json!({})).await?;
+                        let released =
+                            server.try_post(&format!("/tenants/{tenant}/release"), json!({})).await?;
                         if written && released.status == 200 && released.body["state"] == "durable" {
                             last = Some(value);
                         }
@@ -294,7 +301,11 @@ async fn p7_kill_9_amid_claims_and_releases_leaves_nothing_without_an_owner() {
             let value = sh(&container(&claim), "cat /data/value 2>/dev/null || true");
             if let Some(least) = durable.get(tenant) {
                 assert!(!value.is_empty(), "{tenant} had {least}, and is empty now\n{}", server.log());
-                assert!(order(&value) >= order(least), "{tenant} had {least}, and has {value} now\n{}", server.log());
+                assert!(
+                    order(&value) >= order(least),
+                    "{tenant} had {least}, and has {value} now\n{}",
+                    server.log()
+                );
             }
             server.release(tenant, "durable").await;
             if !value.is_empty() {
@@ -354,7 +365,10 @@ async fn p11_secrets_are_in_the_container_and_nowhere_else() {
     let put = server.put("/tenants/acme/secrets/stored", json!({ "value": "stored-VALUE-1" })).await;
     assert!(put.status < 300, "{put:?}");
     let names = server.get("/tenants/acme/secrets").await;
-    assert!(names.body.to_string().contains("stored") && !names.body.to_string().contains("VALUE"), "{names:?}");
+    assert!(
+        names.body.to_string().contains("stored") && !names.body.to_string().contains("VALUE"),
+        "{names:?}"
+    );
     let claim = server.claim("acme", json!({ "secrets": { "given": "given-VALUE-2" } })).await;
     let name = container(&claim);
     assert_eq!(sh(&name, "cat /secrets/stored /secrets/given"), "stored-VALUE-1given-VALUE-2");

@@ -306,9 +306,9 @@ async fn readiness_waits_for_the_health_check() {
     let world = World::new(&[("worker", &script)]);
     let sick = Arc::new(std::sync::atomic::AtomicBool::new(true));
     let says = Arc::clone(&sick);
-    world.runtime.on_exec(move |_, _| {
-        FakeExec::status(i64::from(says.load(std::sync::atomic::Ordering::SeqCst)))
-    });
+    world
+        .runtime
+        .on_exec(move |_, _| FakeExec::status(i64::from(says.load(std::sync::atomic::Ordering::SeqCst))));
     let node = world.start().await;
     wait_for("a slot is warming", || node.node.tenancy.pools()[0].warming > 0).await;
     let refused = node.claim_with("acme", ClaimRequest { wait_ms: Some(300), ..request() }).await;
@@ -340,7 +340,10 @@ fn on_claim(ctx) {
     let node = world.start().await;
     let suspended = serde_json::json!({ "plan": "suspended" }).as_object().cloned();
     let refused = node.claim_with("acme", ClaimRequest { metadata: suspended, ..request() }).await;
-    assert!(matches!(&refused, Err(Error::Rejected { code, .. }) if code == "tenant_suspended"), "{refused:?}");
+    assert!(
+        matches!(&refused, Err(Error::Rejected { code, .. }) if code == "tenant_suspended"),
+        "{refused:?}"
+    );
     let refused = node.claim("unwanted").await;
     assert!(matches!(&refused, Err(Error::Rejected { code, .. }) if code == "unwanted"), "{refused:?}");
     wait_for("the refused claim is undone", || !node.phases().contains(&"claimed")).await;
@@ -541,7 +544,8 @@ async fn after_a_power_loss_clean_trees_come_from_the_store_again() {
     node.crash().await;
     // The cached tree was torn: its blocks never reached the disk.
     let cache = world.dir.path().join("states/cache");
-    let tree = std::fs::read_dir(&cache).unwrap().flatten().next().expect("a cached tree").path().join("tree");
+    let tree =
+        std::fs::read_dir(&cache).unwrap().flatten().next().expect("a cached tree").path().join("tree");
     std::fs::write(tree.join("file"), "").unwrap();
     world.boot_id = "boot-2".to_owned();
     let node = world.start().await;
@@ -552,9 +556,15 @@ async fn after_a_power_loss_clean_trees_come_from_the_store_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn p8_an_unknown_outcome_is_looked_up_before_anything_is_decided() {
-    for operation in
-        [Operation::Create, Operation::Start, Operation::Inspect, Operation::Stop, Operation::Remove, Operation::Pause, Operation::Unpause]
-    {
+    for operation in [
+        Operation::Create,
+        Operation::Start,
+        Operation::Inspect,
+        Operation::Stop,
+        Operation::Remove,
+        Operation::Pause,
+        Operation::Unpause,
+    ] {
         for fault in [Fault::LoseAnswer, Fault::LoseCall] {
             let world = World::new(&[("worker", WORKER)]);
             world.runtime.fail_next(operation, fault.clone());
@@ -603,7 +613,9 @@ async fn p7_a_crash_at_any_point_is_repaired_at_the_next_start() {
     ];
     for (number, point) in points.into_iter().enumerate() {
         for nth in [1, 2] {
-            crash_once(point, nth).await.unwrap_or_else(|why| panic!("{point} ({number}), passage {nth}: {why}"));
+            crash_once(point, nth)
+                .await
+                .unwrap_or_else(|why| panic!("{point} ({number}), passage {nth}: {why}"));
         }
     }
 }

@@ -197,12 +197,7 @@ impl Actor {
 
     /// Answers a claim with a slot that the ledger says is claimed. A claim that has
     /// gone meanwhile drops the slot, which retires it.
-    fn give(
-        &mut self,
-        slot: &SlotId,
-        source: ClaimSource,
-        reply: oneshot::Sender<Result<Taken, Error>>,
-    ) {
+    fn give(&mut self, slot: &SlotId, source: ClaimSource, reply: oneshot::Sender<Result<Taken, Error>>) {
         self.show(slot);
         let cell = self.cells.get(slot).expect("every slot of the ledger has a cell");
         let made = cell.made.clone().expect("a ready slot has been made");
@@ -289,7 +284,10 @@ impl Actor {
         let journal = self.pools.parts.journal.clone();
         self.pools.parts.tasks.spawn("journal slot", async move {
             if let Err(error) = journal.commit(vec![Op::PutSlot(row)], Durability::Soft).await {
-                warn!(error = &error as &dyn std::error::Error, "ready slot is not journaled; a restart will replace it");
+                warn!(
+                    error = &error as &dyn std::error::Error,
+                    "ready slot is not journaled; a restart will replace it"
+                );
             }
         });
         maker::watch(&self.pools.parts, &workload, slot, &made, &self.pool);
@@ -301,10 +299,10 @@ impl Actor {
             return;
         }
         let cell = self.cells.get(slot).expect("every slot of the ledger has a cell");
-        let name = cell
-            .made
-            .as_ref()
-            .map_or_else(|| maker::container_name(&self.pools.parts.instance, slot), |made| made.name.clone());
+        let name = cell.made.as_ref().map_or_else(
+            || maker::container_name(&self.pools.parts.instance, slot),
+            |made| made.name.clone(),
+        );
         let (parts, slot, tx) = (self.pools.parts.clone(), slot.clone(), self.pool.tx.clone());
         self.pools.parts.tasks.spawn("retire slot", async move {
             maker::unmake(&parts, &slot, &name).await;
@@ -323,8 +321,13 @@ impl Actor {
         // A slot that must go enters as `releasing`, the phase before.
         let enters = if phase == SlotPhase::Retiring { SlotPhase::Releasing } else { phase };
         self.ledger.adopt(slot.clone(), enters, spec_hash.clone(), now_ms);
-        let cell =
-            Cell { _place: place, workload: Arc::clone(&workload), spec_hash, made: Some(made.clone()), created_ms: now_ms };
+        let cell = Cell {
+            _place: place,
+            workload: Arc::clone(&workload),
+            spec_hash,
+            made: Some(made.clone()),
+            created_ms: now_ms,
+        };
         self.cells.insert(slot.clone(), cell);
         self.show(&slot);
         match phase {
@@ -362,7 +365,11 @@ impl Actor {
         } else if held >= self.ledger.max() {
             format!("{held} of {} containers of this workload are in use (pool.max)", self.ledger.max())
         } else if capacity.used() >= capacity.max() {
-            format!("{} of {} containers are in use (BOILERHOUSE_MAX_CONTAINERS)", capacity.used(), capacity.max())
+            format!(
+                "{} of {} containers are in use (BOILERHOUSE_MAX_CONTAINERS)",
+                capacity.used(),
+                capacity.max()
+            )
         } else {
             format!("{} slots are being made", counts.creating + counts.warming)
         };
@@ -396,10 +403,10 @@ impl Actor {
     fn show(&self, slot: &SlotId) {
         let (Some(entry), Some(cell)) = (self.ledger.slots().get(slot), self.cells.get(slot)) else { return };
         let tenant = self.pool.view.slots.get(slot).and_then(|status| status.tenant.clone());
-        let name = cell
-            .made
-            .as_ref()
-            .map_or_else(|| maker::container_name(&self.pools.parts.instance, slot), |made| made.name.clone());
+        let name = cell.made.as_ref().map_or_else(
+            || maker::container_name(&self.pools.parts.instance, slot),
+            |made| made.name.clone(),
+        );
         let status = SlotStatus {
             slot: slot.to_string(),
             workload: self.workload.spec.id.to_string(),

@@ -107,7 +107,9 @@ pub(super) async fn unmake(parts: &PoolParts, slot: &SlotId, name: &str) {
                 // Whoever retires a slot has taken its state out; what is here was not expected.
                 match parts.files.set_aside(slot, "found in a slot that was being retired").await {
                     Ok(place) => error!(slot = %slot, place, "unexpected state is set aside"),
-                    Err(error) => warn!(slot = %slot, error = &error as &dyn std::error::Error, "unexpected state stays in its slot"),
+                    Err(error) => {
+                        warn!(slot = %slot, error = &error as &dyn std::error::Error, "unexpected state stays in its slot")
+                    }
                 }
             }
             Err(error) => {
@@ -133,7 +135,8 @@ pub(super) fn watch(parts: &PoolParts, workload: &Workload, slot: &SlotId, made:
                 () = draining.cancelled() => return,
                 () = tokio::time::sleep(Duration::from_millis(check.interval_ms + jitter_ms)) => {}
             }
-            let ready = pool.view.slots.get(&slot).is_some_and(|slot| slot.phase == SlotPhase::Ready.as_str());
+            let ready =
+                pool.view.slots.get(&slot).is_some_and(|slot| slot.phase == SlotPhase::Ready.as_str());
             if !ready {
                 return;
             }
@@ -217,9 +220,13 @@ async fn probe(parts: &PoolParts, id: &ContainerId, check: &HealthCheck) -> Resu
     match parts.runtime.exec(id, request).await {
         Ok(output) if output.status == 0 => Ok(()),
         Ok(output) => {
-            let text = String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr })
-                .trim()
-                .to_owned();
+            let text = String::from_utf8_lossy(if output.stderr.is_empty() {
+                &output.stdout
+            } else {
+                &output.stderr
+            })
+            .trim()
+            .to_owned();
             Err(format!("health check ended with status {}: {text}", output.status))
         }
         Err(error) => Err(chain(&error)),

@@ -23,8 +23,8 @@ use crate::{
 };
 
 use super::{
-    CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, SaveTree, Saved, SlotFiles,
-    Survey, host::is_secret_name,
+    Captured, CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, SaveTree, Saved,
+    SlotFiles, Survey, host::is_secret_name,
 };
 
 /// Files by their path; directories are what paths imply.
@@ -283,21 +283,25 @@ impl SlotFiles for FakeFiles {
         })
     }
 
-    async fn capture(&self, slot: &SlotId, key: &Key) -> Result<(), Error> {
+    async fn capture(&self, slot: &SlotId, key: &Key) -> Result<Captured, Error> {
         self.call("capture", |node| {
             let found = node.slot(slot)?;
             if found.volumes.state.is_none() {
-                return Ok(());
+                return Ok(Captured { handed_over: false });
             }
             if found.owner.as_ref().is_none_or(|(owner, _)| owner != key) {
-                let is_empty = found.tree.is_empty();
-                return if is_empty { Ok(()) } else { Err(Error::NotEmpty { slot: slot.clone() }) };
+                return if found.tree.is_empty() {
+                    Ok(Captured { handed_over: false })
+                } else {
+                    Err(Error::NotEmpty { slot: slot.clone() })
+                };
             }
             if found.run_as.take().is_some() {
                 let tree = std::mem::take(&mut found.tree);
                 node.cache.entry(key.clone()).or_default().extend(tree);
             }
-            Ok(())
+            // A fill of this fake is one step: it has ended or not begun.
+            Ok(Captured { handed_over: true })
         })
     }
 
@@ -390,6 +394,18 @@ impl SlotFiles for FakeFiles {
                 slot.run_as = None;
             }
             Ok(())
+        })
+    }
+
+    async fn set_aside_cached(&self, digest: &str, _reason: &str) -> Result<String, Error> {
+        let now = self.clock.unix_ms();
+        self.call("set_aside_cached", |node| {
+            let key = node.cache.keys().find(|key| key.digest() == digest).cloned();
+            let tree = key.and_then(|key| node.cache.remove(&key));
+            let tree = tree.ok_or_else(|| missing("set aside", format!("cache of {digest}")))?;
+            let path = format!("/fake/set_aside/{digest}.{now}");
+            node.set_aside.insert(path.clone(), tree);
+            Ok(path)
         })
     }
 

@@ -98,7 +98,8 @@ fn decide(found: &Found<'_>) -> Decisions {
     let mut held: BTreeSet<&SlotId> = BTreeSet::new();
     let mut unsettled: BTreeSet<&Key> = BTreeSet::new();
     for claim in found.claims {
-        let container = claim.slot.as_ref().and_then(|slot| rows.get(slot)).and_then(|row| status.get(row.name.as_str()));
+        let container =
+            claim.slot.as_ref().and_then(|slot| rows.get(slot)).and_then(|row| status.get(row.name.as_str()));
         let fate = match claim.state {
             ClaimState::Active => match container {
                 Some(ContainerStatus::Running) => Fate::Keep { unpause: false },
@@ -218,7 +219,10 @@ impl Tenancy {
                 Ok(survey) => break survey,
                 Err(error) => {
                     self.set_health("disk", Some(answer::chain(&error)));
-                    error!(error = &error as &dyn std::error::Error, "directories cannot be read; nothing is adopted yet");
+                    error!(
+                        error = &error as &dyn std::error::Error,
+                        "directories cannot be read; nothing is adopted yet"
+                    );
                     tokio::time::sleep(LOOK.wait(survey_attempt, &*inner.parts.clock)).await;
                     survey_attempt += 1;
                 }
@@ -268,7 +272,10 @@ impl Tenancy {
                 }
                 Err(error) => {
                     self.set_health("engine", Some(answer::chain(&error)));
-                    warn!(error = &error as &dyn std::error::Error, "engine does not answer; nothing is adopted yet");
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        "engine does not answer; nothing is adopted yet"
+                    );
                     tokio::time::sleep(LOOK.wait(attempt, &**clock)).await;
                     attempt += 1;
                 }
@@ -316,7 +323,11 @@ impl Inner {
         for digest in &decisions.stray_trees {
             match self.parts.files.set_aside_cached(digest, "no row of the journal knows this tree").await {
                 Ok(place) => error!(digest, place, "unknown state is set aside"),
-                Err(error) => error!(digest, error = &error as &dyn std::error::Error, "unknown state stays in the cache"),
+                Err(error) => error!(
+                    digest,
+                    error = &error as &dyn std::error::Error,
+                    "unknown state stays in the cache"
+                ),
             }
         }
     }
@@ -334,7 +345,11 @@ impl Inner {
             info!(container = name, "removing a container that no slot knows");
             let mut attempt = 0;
             while let Err(error) = self.parts.runtime.remove(name).await {
-                warn!(container = name, error = &error as &dyn std::error::Error, "dangling container is not removed yet");
+                warn!(
+                    container = name,
+                    error = &error as &dyn std::error::Error,
+                    "dangling container is not removed yet"
+                );
                 if attempt >= 3 {
                     break; // Upkeep goes on with it.
                 }
@@ -406,7 +421,9 @@ impl Inner {
         }
         for (id, adopted) in by_workload {
             match set.get(&id) {
-                Some(workload) => self.parts.pools.open(Arc::clone(workload), workload.spec.pool.clone(), adopted),
+                Some(workload) => {
+                    self.parts.pools.open(Arc::clone(workload), workload.spec.pool.clone(), adopted)
+                }
                 // The workload's file is gone: its pool only lives to end what there is.
                 None => {
                     if let Some(workload) = adopted.first().map(|slot| Arc::clone(&slot.workload)) {

@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
-    ClaimAnswer, ClaimStatus, ContainerAnswer, Endpoints, Error, Inner, OutputAnswer, ReleaseAnswer, ReleaseState,
-    StateAnswer, TenantStatus, WorkloadStatus,
+    ClaimAnswer, ClaimStatus, ContainerAnswer, Endpoints, Error, Inner, OutputAnswer, ReleaseAnswer,
+    ReleaseState, StateAnswer, TenantStatus, WorkloadStatus,
     registry::{Detail, Live, SaveOutcome},
 };
 use crate::{
@@ -76,7 +76,8 @@ impl Inner {
         let row = live.row();
         let spec = &live.workload.spec;
         let ports = spec.ports.iter().map(|(name, port)| {
-            let place = live.made.address.as_ref().map_or_else(|| port.to_string(), |host| format!("{host}:{port}"));
+            let place =
+                live.made.address.as_ref().map_or_else(|| port.to_string(), |host| format!("{host}:{port}"));
             (name.clone(), place)
         });
         ClaimAnswer {

@@ -14,13 +14,17 @@ use super::{
 use crate::{
     crash_point,
     journal::{ClaimRow, Durability, Op, SlotRow, TreeRow},
-    model::{ClaimSource, ClaimState, Epoch, Key, Secret, SlotPhase, SnapshotRef, StateSource, spec::Activation},
+    model::{
+        ClaimSource, ClaimState, Epoch, Key, Secret, SlotPhase, SnapshotRef, StateSource, spec::Activation,
+    },
     pool::{self, Taken},
     runtime::ExecRequest,
     script::{ClaimFacts, ContainerFacts, Facts, Hook, TenantFacts, Verdict, Workload, WorkloadFacts},
     state::{self, Fill, FillFrom, Filled},
 };
 
+/// How long a claim waits to hear from the store what the newest snapshot is.
+const STORE_WAIT: Duration = Duration::from_secs(10);
 /// How long an activation command may run.
 const ACTIVATION_LIMIT: Duration = Duration::from_secs(30);
 /// What is kept of an activation command's output, for its error.
@@ -63,10 +67,8 @@ pub(super) fn check(request: &ClaimRequest, workload: &Workload) -> Result<(), E
             return invalid("secrets".to_owned(), problem);
         }
         for name in secrets.keys() {
-            super::secrets::check_name(name).map_err(|problem| Error::Invalid {
-                field: format!("secrets.{name}"),
-                problem,
-            })?;
+            super::secrets::check_name(name)
+                .map_err(|problem| Error::Invalid { field: format!("secrets.{name}"), problem })?;
         }
     }
     Ok(())
@@ -178,7 +180,13 @@ impl Inner {
         if workload.spec.volumes.state.is_none() {
             let epoch = known.map_or(Epoch(0), |tree| tree.epoch);
             let from = FillFrom::Empty;
-            return Ok(Located { from, source: StateSource::None, snapshot: None, epoch, previous_owner: None });
+            return Ok(Located {
+                from,
+                source: StateSource::None,
+                snapshot: None,
+                epoch,
+                previous_owner: None,
+            });
         }
         if let Some(tree) = known {
             let (from, source) = match (tree.cached, &tree.saved) {
@@ -186,9 +194,20 @@ impl Inner {
                 (false, Some(snapshot)) => (FillFrom::Snapshot(snapshot.clone()), StateSource::Store),
                 (false, None) => (FillFrom::Empty, StateSource::None),
             };
-            return Ok(Located { from, source, snapshot: tree.saved, epoch: tree.epoch, previous_owner: tree.owner });
+            return Ok(Located {
+                from,
+                source,
+                snapshot: tree.saved,
+                epoch: tree.epoch,
+                previous_owner: tree.owner,
+            });
         }
-        match self.parts.files.newest(key).await {
+        let asked = tokio::time::timeout(STORE_WAIT, self.parts.files.newest(key)).await;
+        let asked = asked.map_err(|_| Error::StoreUnavailable {
+            reason: format!("no answer within {} s", STORE_WAIT.as_secs()),
+            retry_after_ms: RETRY_AFTER_MS,
+        })?;
+        match asked {
             Ok(None) => Ok(Located {
                 from: FillFrom::Empty,
                 source: StateSource::None,
@@ -208,8 +227,7 @@ impl Inner {
     }
 
     async fn take(&self, workload: &Arc<Workload>, wait_ms: u64) -> Result<Taken, Error> {
-        let unknown =
-            || Error::UnknownWorkload { given: workload.spec.id.to_string(), known: Vec::new() };
+        let unknown = || Error::UnknownWorkload { given: workload.spec.id.to_string(), known: Vec::new() };
         let pool = self.parts.pools.get(&workload.spec.id).ok_or_else(unknown)?;
         match pool.take(self.now_ms().saturating_add(wait_ms)).await {
             Ok(taken) => Ok(taken),
@@ -246,7 +264,8 @@ impl Inner {
         }
         let now_ms = self.now_ms();
         let epoch = located.epoch.next();
-        let (files, bytes) = located.snapshot.as_ref().map_or((0, 0), |snapshot| (snapshot.files, snapshot.bytes));
+        let (files, bytes) =
+            located.snapshot.as_ref().map_or((0, 0), |snapshot| (snapshot.files, snapshot.bytes));
         let detail = Detail { asked, metadata, files, bytes, ..Detail::default() };
         let row = ClaimRow {
             key: key.clone(),
@@ -298,8 +317,13 @@ impl Inner {
         self.commit(ops, Durability::Hard).await?;
         crash_point!(self.parts.crash, "claim.claiming");
         taken.keep();
-        let live =
-            Arc::new(Live::new(row, Arc::clone(&taken.workload), taken.slot.clone(), taken.made.clone(), now_ms));
+        let live = Arc::new(Live::new(
+            row,
+            Arc::clone(&taken.workload),
+            taken.slot.clone(),
+            taken.made.clone(),
+            now_ms,
+        ));
         self.trees.insert(key.clone(), tree);
         self.slot_owners.insert(taken.slot.clone(), key.clone());
         entry.set_live(Some(Arc::clone(&live)));
@@ -353,7 +377,8 @@ impl Inner {
         crash_point!(self.parts.crash, "claim.activated");
         steps.mark("activate");
         let mut row = live.row();
-        row.state = row.state.step(ClaimState::Active).map_err(|error| self.internal(&error, "claim step"))?;
+        row.state =
+            row.state.step(ClaimState::Active).map_err(|error| self.internal(&error, "claim step"))?;
         let mut detail: Detail = serde_json::from_value(row.detail).unwrap_or_default();
         (detail.files, detail.bytes) = sizes(&detail, filled);
         let outputs = host.outputs();
@@ -464,11 +489,9 @@ impl Inner {
                 warn!(tenant = %key.tenant, workload = %key.workload, error = error as &dyn std::error::Error, "store does not answer");
                 Error::StoreUnavailable { reason, retry_after_ms: RETRY_AFTER_MS }
             }
-            state::Error::Fenced { .. } => Error::StateConflict {
-                tenant: key.tenant.clone(),
-                workload: key.workload.clone(),
-                reason,
-            },
+            state::Error::Fenced { .. } => {
+                Error::StateConflict { tenant: key.tenant.clone(), workload: key.workload.clone(), reason }
+            }
             state::Error::Damaged { .. } | state::Error::Limit { .. } => {
                 tracing::error!(tenant = %key.tenant, workload = %key.workload, error = error as &dyn std::error::Error, "state cannot be used");
                 Error::StateDamaged { reason }
@@ -505,7 +528,8 @@ fn accept(
             if !env.is_empty() {
                 return Err(Error::Invalid {
                     field: "env".to_owned(),
-                    problem: "the hook gives environment, and the workload's activation cannot carry it".to_owned(),
+                    problem: "the hook gives environment, and the workload's activation cannot carry it"
+                        .to_owned(),
                 });
             }
             metadata.extend(more);
@@ -554,7 +578,11 @@ pub(super) fn live_facts(key: &Key, live: &Live) -> Facts {
 }
 
 fn sizes(detail: &Detail, filled: Filled) -> (u64, u64) {
-    if detail.files == 0 && detail.bytes == 0 { (filled.files, filled.bytes) } else { (detail.files, detail.bytes) }
+    if detail.files == 0 && detail.bytes == 0 {
+        (filled.files, filled.bytes)
+    } else {
+        (detail.files, detail.bytes)
+    }
 }
 
 // === impl Steps ===

@@ -160,10 +160,14 @@ impl Host for ClaimHost {
         let (tenant, workload) = (self.key.tenant.as_str(), self.key.workload.as_str());
         let epoch = self.live.epoch().0;
         match level {
-            LogLevel::Debug => tracing::debug!(target: "script", tenant, workload, epoch, %fields, "{message}"),
+            LogLevel::Debug => {
+                tracing::debug!(target: "script", tenant, workload, epoch, %fields, "{message}")
+            }
             LogLevel::Info => tracing::info!(target: "script", tenant, workload, epoch, %fields, "{message}"),
             LogLevel::Warn => tracing::warn!(target: "script", tenant, workload, epoch, %fields, "{message}"),
-            LogLevel::Error => tracing::error!(target: "script", tenant, workload, epoch, %fields, "{message}"),
+            LogLevel::Error => {
+                tracing::error!(target: "script", tenant, workload, epoch, %fields, "{message}")
+            }
         }
     }
 
@@ -190,7 +194,9 @@ fn runtime_fault(error: &runtime::Error) -> HostError {
     let code = match error {
         runtime::Error::Timeout { .. } => "timeout",
         runtime::Error::Unavailable(_) | runtime::Error::Unknown { .. } => "unavailable",
-        runtime::Error::Conflict { .. } | runtime::Error::Refused { .. } | runtime::Error::Image { .. } => "exec_failed",
+        runtime::Error::Conflict { .. } | runtime::Error::Refused { .. } | runtime::Error::Image { .. } => {
+            "exec_failed"
+        }
     };
     host_error(code, super::answer::chain(error))
 }

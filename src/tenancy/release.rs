@@ -79,7 +79,10 @@ impl Inner {
             return Ok(ReleaseAnswer { state: ReleaseState::NotClaimed, ..answer::release(key, None, None) });
         };
         let Some(unsaved) = unsaved else {
-            return Ok(ReleaseAnswer { state: ReleaseState::Discarded, ..answer::release(key, Some(epoch), None) });
+            return Ok(ReleaseAnswer {
+                state: ReleaseState::Discarded,
+                ..answer::release(key, Some(epoch), None)
+            });
         };
         if wait == ReleaseWait::Accepted {
             return Ok(pending(Some(epoch), "accepted".to_owned()));
@@ -103,9 +106,10 @@ impl Inner {
                 let (tenant, workload) = (key.tenant.clone(), key.workload.clone());
                 Err(Error::StateConflict { tenant, workload, reason })
             }
-            SaveOutcome::Saving | SaveOutcome::Ended => {
-                Ok(pending(Some(epoch), "a later claim has taken the state over, or the server stops".to_owned()))
-            }
+            SaveOutcome::Saving | SaveOutcome::Ended => Ok(pending(
+                Some(epoch),
+                "a later claim has taken the state over, or the server stops".to_owned(),
+            )),
         }
     }
 
@@ -158,7 +162,8 @@ impl Inner {
         if row.state == ClaimState::Releasing {
             return Ok(());
         }
-        row.state = row.state.step(ClaimState::Releasing).map_err(|error| self.internal(&error, "claim step"))?;
+        row.state =
+            row.state.step(ClaimState::Releasing).map_err(|error| self.internal(&error, "claim step"))?;
         row.failed |= ending == Ending::Failed;
         self.commit(vec![Op::PutClaim(Box::new(row.clone()))], Durability::Soft).await?;
         live.set_row(row);
@@ -219,7 +224,10 @@ impl Inner {
         let spec = &live.workload.spec;
         let row = live.row();
         if spec.volumes.state.is_none() || !spec.persist.on_release {
-            self.keep_trying("state is not thrown away yet", key, || self.parts.files.discard_slot_state(&live.slot)).await;
+            self.keep_trying("state is not thrown away yet", key, || {
+                self.parts.files.discard_slot_state(&live.slot)
+            })
+            .await;
             self.settle_without_save(key, entry, row).await;
             return None;
         }
@@ -253,7 +261,13 @@ impl Inner {
     }
 
     /// Journals DIRTY, hard: from now on this node has the only copy.
-    async fn journal_dirty(&self, key: &Key, entry: &Arc<Entry>, live: &Live, mut row: ClaimRow) -> Arc<Unsaved> {
+    async fn journal_dirty(
+        &self,
+        key: &Key,
+        entry: &Arc<Entry>,
+        live: &Live,
+        mut row: ClaimRow,
+    ) -> Arc<Unsaved> {
         row.state = row.state.step(ClaimState::Dirty).unwrap_or(ClaimState::Dirty);
         row.slot = None;
         row.nonce = Some(random_hex(&*self.parts.clock, 16));
@@ -299,8 +313,11 @@ impl Inner {
         };
         let mut attempt = 0;
         loop {
-            let stopped =
-                self.parts.runtime.stop(&live.made.container, live.workload.spec.stop_signal.as_deref(), grace).await;
+            let stopped = self
+                .parts
+                .runtime
+                .stop(&live.made.container, live.workload.spec.stop_signal.as_deref(), grace)
+                .await;
             match stopped {
                 Ok(()) => return,
                 Err(error) => {
@@ -367,7 +384,8 @@ impl Inner {
             return;
         };
         let live = self.entries.get(&key).and_then(|entry| entry.live());
-        let Some(live) = live.filter(|live| live.slot == *slot && live.row().state == ClaimState::Active) else {
+        let Some(live) = live.filter(|live| live.slot == *slot && live.row().state == ClaimState::Active)
+        else {
             return;
         };
         // An activation or a hook may have restarted it: only what the engine says now counts (P8).

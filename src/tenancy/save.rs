@@ -93,8 +93,13 @@ impl Inner {
         row.nonce = None;
         // Nobody changes the tree's row meanwhile: a claim that takes it waits for this save's end.
         let owner = self.trees.get(key).and_then(|tree| tree.owner);
-        let tree =
-            TreeRow { key: key.clone(), epoch: row.epoch, cached: true, saved: Some(snapshot.clone()), owner };
+        let tree = TreeRow {
+            key: key.clone(),
+            epoch: row.epoch,
+            cached: true,
+            saved: Some(snapshot.clone()),
+            owner,
+        };
         let entry = self.entry(key);
         let mut ops = vec![Op::PutClaim(Box::new(row.clone())), Op::PutTree(tree.clone())];
         ops.extend(

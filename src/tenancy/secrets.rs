@@ -28,10 +28,16 @@ pub(super) fn check_name(name: &str) -> Result<(), String> {
 // === impl Inner ===
 
 impl Inner {
-    pub(super) async fn put_secret(&self, tenant: &TenantId, name: &str, secret: &Secret) -> Result<(), Error> {
+    pub(super) async fn put_secret(
+        &self,
+        tenant: &TenantId,
+        name: &str,
+        secret: &Secret,
+    ) -> Result<(), Error> {
         check_name(name).map_err(|problem| Error::Invalid { field: "name".to_owned(), problem })?;
         if secret.expose().len() > MAX_SECRET_BYTES {
-            let problem = format!("{} bytes are too many; allowed: up to {MAX_SECRET_BYTES}", secret.expose().len());
+            let problem =
+                format!("{} bytes are too many; allowed: up to {MAX_SECRET_BYTES}", secret.expose().len());
             return Err(Error::Invalid { field: "value".to_owned(), problem });
         }
         let master = self.parts.master_key.as_ref().ok_or(Error::NoMasterKey)?;
@@ -94,9 +100,9 @@ impl Inner {
 
     fn open_secret(&self, tenant: &TenantId, name: &str, sealed: &[u8]) -> Result<Secret, Error> {
         let master = self.parts.master_key.as_ref().ok_or(Error::NoMasterKey)?;
-        master
-            .open(&context(tenant, name), sealed)
-            .map_err(|error| self.internal(&error, "a stored secret cannot be opened; is the master key another one?"))
+        master.open(&context(tenant, name), sealed).map_err(|error| {
+            self.internal(&error, "a stored secret cannot be opened; is the master key another one?")
+        })
     }
 }
 

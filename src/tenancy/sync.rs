@@ -5,11 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use super::{
-    Error, GUARD_WAIT, Inner, RETRY_AFTER_MS, SyncAnswer,
-    registry::Live,
-    save::max_bytes,
-};
+use super::{Error, GUARD_WAIT, Inner, RETRY_AFTER_MS, SyncAnswer, registry::Live, save::max_bytes};
 use crate::{
     clock::random_hex,
     crash_point,
@@ -103,7 +99,8 @@ impl Inner {
             saved: Some(saved.snapshot.clone()),
             owner,
         };
-        self.commit(vec![Op::PutClaim(Box::new(row.clone())), Op::PutTree(tree.clone())], Durability::Soft).await?;
+        self.commit(vec![Op::PutClaim(Box::new(row.clone())), Op::PutTree(tree.clone())], Durability::Soft)
+            .await?;
         live.set_row(row);
         self.trees.insert(key.clone(), tree);
         info!(tenant = %key.tenant, workload = %key.workload, epoch = live.epoch().0, snapshot = saved.snapshot.number, paused_ms, "state synced");
@@ -118,7 +115,12 @@ impl Inner {
     }
 
     /// Copies what changed since the live copy, under a pause that covers nothing else.
-    async fn freeze(self: &Arc<Self>, key: &Key, live: &Live, checkpoint: &CheckpointId) -> Result<f64, Error> {
+    async fn freeze(
+        self: &Arc<Self>,
+        key: &Key,
+        live: &Live,
+        checkpoint: &CheckpointId,
+    ) -> Result<f64, Error> {
         let max_pause = Duration::from_millis(live.workload.spec.persist.max_pause_ms);
         let mut paused =
             Paused { inner: Arc::clone(self), container: live.made.container.clone(), armed: true };
@@ -166,7 +168,11 @@ impl Inner {
 }
 
 /// Lets a container go on, for as long as it takes, unless it is gone.
-pub(super) async fn unpause(runtime: &SharedRuntime, container: &ContainerId, clock: &dyn crate::clock::Clock) {
+pub(super) async fn unpause(
+    runtime: &SharedRuntime,
+    container: &ContainerId,
+    clock: &dyn crate::clock::Clock,
+) {
     let mut attempt = 0;
     while let Err(error) = runtime.unpause(container).await {
         if let Ok(observed) = runtime.inspect(&container.0).await

@@ -107,7 +107,11 @@ impl Upkeep {
             if !self.pools.has_slot(&labels.slot) {
                 info!(container = container.name, "removing a container that no slot knows");
                 if let Err(error) = self.runtime.remove(&container.id.0).await {
-                    warn!(container = container.name, error = &error as &dyn std::error::Error, "dangling container is not removed yet");
+                    warn!(
+                        container = container.name,
+                        error = &error as &dyn std::error::Error,
+                        "dangling container is not removed yet"
+                    );
                 }
                 continue;
             }
@@ -168,7 +172,12 @@ impl Upkeep {
     }
 
     /// Adds a job that is skipped while its last run goes on.
-    async fn add<F, Fut>(&self, scheduler: &JobScheduler, every: Duration, run: F) -> Result<(), JobSchedulerError>
+    async fn add<F, Fut>(
+        &self,
+        scheduler: &JobScheduler,
+        every: Duration,
+        run: F,
+    ) -> Result<(), JobSchedulerError>
     where
         F: Fn(Upkeep) -> Fut + Send + Sync + Clone + 'static,
         Fut: Future<Output = ()> + Send + 'static,

@@ -56,7 +56,8 @@ impl World {
     /// Makes a world with these workloads, by id.
     pub fn new(workloads: &[(&str, &str)]) -> Self {
         assert!(rustix::process::geteuid().is_root(), "these tests chown, so they run as root");
-        let dir = tempfile::Builder::new().prefix("boilerhouse-node-").tempdir().expect("a temporary directory");
+        let dir =
+            tempfile::Builder::new().prefix("boilerhouse-node-").tempdir().expect("a temporary directory");
         for folder in ["workloads", "scripts"] {
             std::fs::create_dir(dir.path().join(folder)).expect("a fresh directory");
         }
@@ -89,13 +90,10 @@ impl World {
     pub fn launch(&self) -> TestNode {
         let clock: SharedClock = Arc::new(SystemClock);
         let path = |name: &str| self.dir.path().join(name);
-        let dirs = HostDirs {
-            state_dir: path("states"),
-            secrets_dir: path("secrets"),
-            socket_dir: path("sockets"),
-        };
-        let files =
-            HostFiles::open(dirs, self.store.clone(), Arc::clone(&clock)).expect("the directories can be used");
+        let dirs =
+            HostDirs { state_dir: path("states"), secrets_dir: path("secrets"), socket_dir: path("sockets") };
+        let files = HostFiles::open(dirs, self.store.clone(), Arc::clone(&clock))
+            .expect("the directories can be used");
         let (journal, loaded) =
             Journal::open(&path("states").join("journal.db"), Mode::Threaded).expect("the journal opens");
         let options = LoadOptions {

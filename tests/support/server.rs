@@ -42,9 +42,12 @@ impl Home {
     /// Makes the directories of an installation named `test-<name>-<random>`, with
     /// these workloads by id.
     pub fn new(name: &str, workloads: &[(&str, &str)]) -> Self {
-        let dir = tempfile::Builder::new().prefix("boilerhouse-test-").tempdir().expect("a temporary directory");
-        let random: String = dir.path().to_string_lossy().chars().rev().take(5).collect::<String>().to_lowercase();
-        let random: String = random.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '0' }).collect();
+        let dir =
+            tempfile::Builder::new().prefix("boilerhouse-test-").tempdir().expect("a temporary directory");
+        let random: String =
+            dir.path().to_string_lossy().chars().rev().take(5).collect::<String>().to_lowercase();
+        let random: String =
+            random.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '0' }).collect();
         for folder in ["workloads", "scripts"] {
             fs::create_dir(dir.path().join(folder)).expect("a fresh directory");
         }
@@ -119,10 +122,10 @@ impl Home {
         let mut server = Server { child, url: String::new(), log, client };
         let began = Instant::now();
         loop {
-            let text = String::from_utf8_lossy(&fs::read(&server.log).expect("the log"))
-                .chars()
-                .collect::<String>();
-            let text = text.get(usize::try_from(before).expect("a small log")..).unwrap_or_default().to_owned();
+            let text =
+                String::from_utf8_lossy(&fs::read(&server.log).expect("the log")).chars().collect::<String>();
+            let text =
+                text.get(usize::try_from(before).expect("a small log")..).unwrap_or_default().to_owned();
             if let Some(address) = listening(&text) {
                 server.url = format!("http://{address}");
                 return server;
@@ -205,7 +208,8 @@ impl Server {
     /// Asks the server to stop and waits for its end.
     pub async fn stop(mut self) {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("our child can be signalled");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)
+            .expect("our child can be signalled");
         wait_for("the server ends", Duration::from_secs(90), async || {
             self.child.try_wait().expect("the child's status").is_some()
         })
@@ -251,11 +255,7 @@ pub async fn wait_for(what: &str, limit: Duration, mut condition: impl AsyncFnMu
 /// Runs the engine's client and returns what it prints; panics when it fails.
 pub fn docker(args: &[&str]) -> String {
     let output = Command::new("docker").args(args).output().expect("docker is installed (see `make setup`)");
-    assert!(
-        output.status.success(),
-        "docker {args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "docker {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
 }
 

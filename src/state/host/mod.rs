@@ -50,8 +50,8 @@ use crate::{
 };
 
 use super::{
-    Captured, CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, Saved, SlotFiles, Survey,
-    snapshot,
+    Captured, CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, Saved, SlotFiles,
+    Survey, snapshot,
 };
 pub(super) use secrets::is_secret_name;
 
