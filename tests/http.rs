@@ -9,7 +9,7 @@ use boilerhouse::{
     api::{self, ApiState, Auth, RouteScope},
     client::{self, Client},
     model::{Secret, TenantId},
-    tenancy::{PoolStatus, Tenancy},
+    tenancy::PoolStatus,
 };
 use reqwest::{Method, Response, header};
 use serde_json::{Value, json};
@@ -19,6 +19,10 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
+
+mod support;
+
+use support::node::{TestNode, World};
 
 const ADMIN: &str = "admin-token-00000001";
 const ALICE: &str = "alice-token-00000001";
@@ -35,12 +39,16 @@ struct Server {
     shutdown: CancellationToken,
     task: JoinHandle<()>,
     http: reqwest::Client,
+    /// What carries out the requests.
+    _node: (TestNode, World),
 }
 
-/// What carries out the requests; these tests need none that succeeds.
-fn tenancy() -> Tenancy {
-    Tenancy {}
+/// The only workload of these tests' node.
+const WORKER: &str = r#"//! Stays up.
+fn workload() {
+    #{ id: "worker", image: "app:1", volumes: #{ state: #{ container_path: "/data", mode: "rw" } } }
 }
+"#;
 
 /// Knows [`ADMIN`], and [`ALICE`] for tenant `alice`.
 fn tokens() -> Auth {
@@ -53,13 +61,15 @@ fn tokens() -> Auth {
 
 impl Server {
     async fn start(auth: Auth) -> Self {
-        let state = ApiState::new(tenancy(), auth, || "# EOF\n".to_owned());
+        let world = World::new(&[("worker", WORKER)]);
+        let node = world.start().await;
+        let state = ApiState::new(node.node.tenancy.clone(), auth, || "# EOF\n".to_owned());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(api::serve(listener, api::router(state), shutdown.clone()));
         let http = reqwest::Client::builder().no_proxy().timeout(LIMIT).build().unwrap();
-        Self { address, shutdown, task, http }
+        Self { address, shutdown, task, http, _node: (node, world) }
     }
 
     fn url(&self, path: &str) -> String {
