@@ -76,7 +76,8 @@ impl Dir {
     /// # Errors
     /// `ELOOP` where a link is in the way, `ENOTDIR`, `ENOENT`, `EXDEV` at a mount.
     pub fn open_dir(&self, path: &[u8]) -> Result<Self, Error> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        // No O_NOFOLLOW: it would turn the ELOOP of RESOLVE_NO_SYMLINKS into ENOTDIR.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let label = self.label(path);
         if path.is_empty() {
             let fd = confined(self.fd.as_fd(), b".", flags).map_err(|e| Error::new("open", &label, e))?;
@@ -146,12 +147,14 @@ impl Dir {
     /// # Errors
     /// Whatever the kernel answers.
     pub fn ensure_dir(&self, name: &[u8]) -> Result<Self, Error> {
-        match self.make_dir(name) {
-            Ok(()) => {}
-            Err(error) if error.is(Errno::EXIST) => {}
-            Err(error) => return Err(error),
+        match self.open_dir(name) {
+            Err(error) if error.is_missing() => {}
+            opened => return opened,
         }
-        self.open_dir(name)
+        match self.make_dir(name) {
+            Err(error) if !error.is(Errno::EXIST) => Err(error),
+            _ => self.open_dir(name),
+        }
     }
 }
 

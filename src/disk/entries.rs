@@ -85,7 +85,7 @@ pub fn list(
             Err(error) => return Err(error.into()),
         };
         let mut failed: Option<ListError> = None;
-        dir.each_name(|name| {
+        let read = dir.each_name(|name| {
             let step = look(&dir, &parent, name, missing).and_then(|entry| {
                 let Some(entry) = entry else { return Ok(()) };
                 if !keep(&entry.path, &entry.stat) {
@@ -106,7 +106,13 @@ pub fn list(
                     ControlFlow::Break(())
                 }
             }
-        })?;
+        });
+        match read {
+            Ok(()) => {}
+            // A directory that was removed while it was open cannot be read.
+            Err(error) if missing == Missing::Skip && is_gone(&error) => {}
+            Err(error) => return Err(error.into()),
+        }
         if let Some(error) = failed {
             return Err(error);
         }

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is missing")]
 
 mod checkpoints;
+mod contract;
 mod faults;
 mod history;
 mod hostile;

@@ -1,7 +1,7 @@
 //! A crash at any point of a fill or capture is repaired by doing it again (P7).
 
 use std::{
-    os::unix::fs::{MetadataExt, PermissionsExt, chown},
+    os::unix::fs::{PermissionsExt, chown},
     path::Path,
     sync::Arc,
 };
@@ -28,10 +28,7 @@ fn names(dir: &Path) -> Vec<String> {
 
 /// Puts a filled slot back to where a fill stood after `moved` renames.
 fn undo_fill_after(node: &Node, state: &Path, cache: &Path, moved: usize) {
-    let meta = state.metadata().unwrap();
-    std::fs::create_dir_all(cache.join("tree")).unwrap();
-    chown(cache.join("tree"), Some(meta.uid()), Some(meta.gid())).unwrap();
-    std::fs::set_permissions(cache.join("tree"), meta.permissions()).unwrap();
+    std::fs::rename(state.parent().unwrap().join("shell"), cache).unwrap();
     for name in names(state).into_iter().skip(moved) {
         std::fs::rename(state.join(&name), cache.join("tree").join(&name)).unwrap();
     }
@@ -104,7 +101,7 @@ async fn a_half_capture_is_finished_by_capturing_again() {
         node.claim(&two, &key, 2, FillFrom::Cache).await.unwrap();
         let (state, cache) = (node.state_path(&two), node.cache_path(&key));
         // The crash: some entries are in the cache, the slot is not taken back yet.
-        std::fs::create_dir_all(cache.join("tree")).unwrap();
+        std::fs::rename(state.parent().unwrap().join("shell"), &cache).unwrap();
         for name in names(&state).into_iter().take(moved) {
             std::fs::rename(state.join(&name), cache.join("tree").join(&name)).unwrap();
         }
@@ -114,6 +111,23 @@ async fn a_half_capture_is_finished_by_capturing_again() {
         node.claim(&three, &key, 3, FillFrom::Cache).await.unwrap();
         assert_eq!(without_root_time(tree(&node.state_path(&three))), expected, "{moved} moves");
     }
+}
+
+/// The crash between handing over and keeping the shell, with the next capture.
+#[tokio::test]
+async fn a_cache_directory_left_behind_by_a_fill_is_used() {
+    let (node, expected) = with_cached_tree().await;
+    let (key, two) = (key("t"), slot("two"));
+    node.claim(&two, &key, 2, FillFrom::Cache).await.unwrap();
+    let (state, cache) = (node.state_path(&two), node.cache_path(&key));
+    std::fs::create_dir_all(cache.join("tree")).unwrap();
+    let node = node.restart();
+    node.files.fill(&fill(&two, &key, 2, FillFrom::Cache)).await.unwrap();
+    assert!(!cache.exists());
+    std::fs::create_dir_all(cache.join("tree")).unwrap();
+    std::fs::set_permissions(&state, PermissionsExt::from_mode(0o751)).unwrap();
+    node.release(&two, &key, 2, "n2").await;
+    assert_eq!(without_root_time(tree(&cache.join("tree"))), expected);
 }
 
 #[tokio::test]

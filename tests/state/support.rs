@@ -47,6 +47,8 @@ pub(crate) struct MemoryStore {
     strike: Mutex<Option<(u64, Strike)>>,
     /// GETs of keys with this in them answer other bytes.
     pub(crate) garbles: Mutex<Option<&'static str>>,
+    /// Listings of prefixes with this in them are empty.
+    pub(crate) hides: Mutex<Option<&'static str>>,
     /// What a put or create with this in its key says it did, and did not.
     pub(crate) forgets: Mutex<Option<&'static str>>,
 }
@@ -147,6 +149,9 @@ impl Store for MemoryStore {
         limit: usize,
     ) -> Result<Vec<Listed>, store::Error> {
         self.read(prefix, || {
+            if self.hides.lock().unwrap().is_some_and(|part| prefix.contains(part)) {
+                return Vec::new();
+            }
             let objects = self.objects.lock().unwrap();
             let found = objects.iter().filter(|(key, _)| key.starts_with(prefix));
             let found = found.filter(|(key, _)| after.is_none_or(|after| key.as_str() > after));
@@ -370,7 +375,7 @@ pub(crate) fn some_tree(root: &Path) {
     write(root, "a.txt", b"alpha");
     write(root, "dir/b.txt", b"beta");
     write(root, "dir/deep/c.bin", &[7; 5_000]);
-    write(root, "big.bin", &(0..3_000_000_u32).flat_map(|n| (n as u16).to_le_bytes()).collect::<Vec<_>>());
+    write(root, "big.bin", &(0..600_000_u32).flat_map(|n| (n as u16).to_le_bytes()).collect::<Vec<_>>());
     std::fs::create_dir(root.join("empty")).unwrap();
     std::os::unix::fs::symlink("dir/b.txt", root.join("link")).unwrap();
     std::fs::set_permissions(root.join("dir"), PermissionsExt::from_mode(0o2750)).unwrap();

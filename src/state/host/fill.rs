@@ -6,13 +6,15 @@ use crate::{
 };
 
 use super::{
-    Captured, Error, Fill, FillFrom, INLINE_ENTRIES, Inner, UNCLAIMED,
+    Captured, Error, Fill, FillFrom, INLINE_ENTRIES, Inner, Lane, UNCLAIMED,
     restore::FROM_NOTE,
     slot::{OwnerNote, STATE, close},
 };
 
 /// The tree in its directory of the cache.
 pub(super) const TREE: &[u8] = b"tree";
+/// In a slot's directory: its tree's directory of the cache, emptied.
+const SHELL: &[u8] = b"shell";
 /// The mode of a state directory that never had one recorded.
 const FIRST_MODE: u32 = 0o700;
 /// Names are read this many at a time.
@@ -27,6 +29,29 @@ enum Begun {
     Same,
     /// The same tenant's tree, of another fill: parked, or captured half.
     OtherEpoch,
+}
+
+/// How long moving a tree keeps its thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Length {
+    /// So little that changing threads costs more.
+    Short,
+    /// Many moves.
+    Moves,
+    /// A walk of the whole tree, too.
+    Walk,
+}
+
+// === impl Length ===
+
+impl Length {
+    /// Returns where work of this length belongs: no claim's moves wait for a walk.
+    pub(super) fn lane(self) -> Lane {
+        match self {
+            Self::Short | Self::Moves => Lane::Move,
+            Self::Walk => Lane::Bulk,
+        }
+    }
 }
 
 // === impl Inner: fill ===
@@ -70,19 +95,18 @@ impl Inner {
             hand_over(&state, fill.run_as, FIRST_MODE)?;
         }
         self.hand_over_beside(fill)?;
-        self.drop_cache_dir(&fill.key)?;
+        self.keep_shell(&fill.key, &slot_dir)?;
         Ok(entries)
     }
 
-    /// Returns whether a fill moves so little that changing threads costs more.
-    pub(super) fn is_short_fill(&self, fill: &Fill) -> Result<bool, Error> {
+    /// Returns how long a fill will keep its thread.
+    pub(super) fn length_of_fill(&self, fill: &Fill) -> Result<Length, Error> {
+        let Some(tree) = self.cached_tree(&fill.key)? else { return Ok(Length::Short) };
         if owner_to_replace(fill).is_some() {
-            return Ok(false);
+            return Ok(Length::Walk);
         }
-        match self.cached_tree(&fill.key)? {
-            None => Ok(true),
-            Some(tree) => Ok(tree.names(INLINE_ENTRIES + 1)?.len() <= INLINE_ENTRIES),
-        }
+        let is_short = tree.names(INLINE_ENTRIES + 1)?.len() <= INLINE_ENTRIES;
+        Ok(if is_short { Length::Short } else { Length::Moves })
     }
 
     /// Returns whether the tree of `snapshot` is in the cache, the slot, or both,
@@ -144,15 +168,27 @@ impl Inner {
         }
     }
 
-    /// Removes the emptied directory of a key: what is not there is never taken
-    /// for a tree without entries.
-    fn drop_cache_dir(&self, key: &Key) -> Result<(), Error> {
+    /// Keeps the emptied directory of a key in the slot, until its tree comes back:
+    /// what is not in the cache is never taken for a tree without entries. A rename,
+    /// because making and removing directories costs several times as much.
+    fn keep_shell(&self, key: &Key, slot_dir: &Dir) -> Result<(), Error> {
         let key_digest = key.digest();
         let Some(dir) = self.layout.cache.open_dir(key_digest.as_bytes()).optional()? else { return Ok(()) };
         dir.remove_file(FROM_NOTE).optional()?;
-        dir.remove_dir(TREE).optional()?;
-        self.layout.cache.remove_dir(key_digest.as_bytes()).optional()?;
-        Ok(())
+        remove_shell(slot_dir)?;
+        Ok(self.layout.cache.move_to(key_digest.as_bytes(), slot_dir, SHELL)?)
+    }
+
+    /// Opens the key's directory in the cache: the one there, the slot's shell, or a new one.
+    fn take_shell(&self, key: &Key, slot_dir: &Dir) -> Result<Dir, Error> {
+        let key_digest = key.digest();
+        match slot_dir.move_to(SHELL, &self.layout.cache, key_digest.as_bytes()).optional() {
+            Ok(_) => {}
+            // A fill crashed between handing over and keeping the shell; an older one is left.
+            Err(error) if error.is(rustix::io::Errno::EXIST) => remove_shell(slot_dir)?,
+            Err(error) => return Err(error.into()),
+        }
+        Ok(self.layout.cache.ensure_dir(key_digest.as_bytes())?)
     }
 
     /// Gives what was `previous`'s to `run_as`: a root without capabilities cannot
@@ -221,7 +257,7 @@ impl Inner {
             };
             return Ok(Captured { handed_over });
         }
-        let dir = self.layout.cache.ensure_dir(key.digest().as_bytes())?;
+        let dir = self.take_shell(key, &slot_dir)?;
         let tree = dir.ensure_dir(TREE)?;
         // A program may have changed the tree: it is no snapshot's any more.
         dir.remove_file(FROM_NOTE).optional()?;
@@ -240,6 +276,18 @@ impl Inner {
             Some(state) => Ok(state.names(INLINE_ENTRIES + 1)?.len() <= INLINE_ENTRIES),
         }
     }
+}
+
+/// Removes a slot's shell, which is empty.
+///
+/// # Errors
+/// [`Error::Disk`] with `ENOTEMPTY` should it hold anything after all.
+pub(super) fn remove_shell(slot_dir: &Dir) -> Result<(), Error> {
+    let Some(shell) = slot_dir.open_dir(SHELL).optional()? else { return Ok(()) };
+    shell.remove_file(FROM_NOTE).optional()?;
+    shell.remove_dir(TREE).optional()?;
+    slot_dir.remove_dir(SHELL).optional()?;
+    Ok(())
 }
 
 /// Says who owns an entry when the program's user changes.

@@ -3,6 +3,7 @@
 //! ```text
 //! state_dir/slots/<slot>/state/      bound into the container
 //!           slots/<slot>/owner.json  whose tree it is, written before the tree
+//!           slots/<slot>/shell/      the tree's directory of the cache, empty, while it is here
 //!           cache/<digest>/tree/     a tree at rest; its root has the recorded mode, owner and time
 //!           cache/<digest>/from.json the snapshot it was restored from, until a program may have changed it
 //!           staging/                 restores, checkpoints and removals under way
@@ -11,7 +12,7 @@
 //! ```
 //! A tree is in the cache *or* moves, entry by entry, between the cache and one
 //! slot: `rename(2)`, no bytes, same inodes. When a fill is done its cache
-//! directory is removed, so that an absent tree is never taken for an empty one.
+//! directory goes along, so that an absent tree is never taken for an empty one.
 //!
 //! # Invariants
 //! - Unclaimed directories belong to [`UNCLAIMED`], which no container runs as.
@@ -56,6 +57,7 @@ use super::{
 pub(super) use secrets::is_secret_name;
 
 use checkpoint::Checkpoints;
+use fill::Length;
 use layout::Layout;
 use staging::LiveStaging;
 use workers::{Lane, Workers};
@@ -157,12 +159,12 @@ impl SlotFiles for HostFiles {
                 filled.fetched_bytes = self.restore(fill, snapshot).await?;
             }
         }
-        let is_short = self.inner.is_short_fill(fill)?;
-        filled.entries = if is_short {
-            self.inner.fill(fill)?
-        } else {
-            let fill = fill.clone();
-            self.run(Lane::Move, move |inner| inner.fill(&fill)).await?
+        filled.entries = match self.inner.length_of_fill(fill)? {
+            Length::Short => self.inner.fill(fill)?,
+            length => {
+                let (lane, fill) = (length.lane(), fill.clone());
+                self.run(lane, move |inner| inner.fill(&fill)).await?
+            }
         };
         Ok(filled)
     }
@@ -239,7 +241,8 @@ impl SlotFiles for HostFiles {
         action: FileAction,
     ) -> Result<FileAnswer, Error> {
         let slot = slot.clone();
-        self.run(Lane::Move, move |inner| inner.state_file(&slot, run_as, action)).await
+        let lane = if matches!(action, FileAction::Remove(_)) { Lane::Bulk } else { Lane::Move };
+        self.run(lane, move |inner| inner.state_file(&slot, run_as, action)).await
     }
 
     fn comm_path(&self, slot: &SlotId) -> Option<String> {

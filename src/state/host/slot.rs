@@ -1,6 +1,6 @@
 //! A slot's directories: made, listed, set aside, removed.
 
-use std::sync::Arc;
+use std::{os::unix::fs::FileExt, sync::Arc};
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use crate::{
     runtime::plan::Mount,
 };
 
-use super::{Error, Inner, Survey, UNCLAIMED, staging::Staging};
+use super::{Error, Inner, Survey, UNCLAIMED, fill::remove_shell, staging::Staging};
 
 /// The state directory in a slot's own.
 pub(super) const STATE: &[u8] = b"state";
@@ -63,14 +63,31 @@ impl OwnerNote {
         Ok(serde_json::from_reader(std::io::BufReader::new(file)).ok())
     }
 
+    /// Makes the file that the first note will be written to: making a file is
+    /// most of what writing a note costs, and a claim waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Disk`]
+    fn make_room(slot_dir: &Dir) -> Result<(), Error> {
+        match slot_dir.create_file(OWNER_NOTE_NEW) {
+            Err(error) if !error.is(Errno::EXIST) => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Writes a slot's note, replacing the one before.
     ///
     /// # Errors
     /// [`Error::Disk`]
     pub(super) fn write(&self, slot_dir: &Dir) -> Result<(), Error> {
         let json = serde_json::to_vec(self).expect("a note has only text keys");
-        slot_dir.remove_file(OWNER_NOTE_NEW).optional()?;
-        write_new(slot_dir, OWNER_NOTE_NEW, &json)?;
+        let failed = |error| disk::Error::new("write", slot_dir.label(OWNER_NOTE_NEW), error);
+        let file = match slot_dir.open_file_for_writing(OWNER_NOTE_NEW).optional()? {
+            Some(file) => file,
+            None => slot_dir.create_file(OWNER_NOTE_NEW)?,
+        };
+        // What a crash left in it may be longer.
+        file.set_len(0).and_then(|()| file.write_all_at(&json, 0)).map_err(failed)?;
         Ok(slot_dir.replace(OWNER_NOTE_NEW, slot_dir, OWNER_NOTE)?)
     }
 
@@ -101,6 +118,9 @@ impl Inner {
         let slot_dir = self.layout.slots.ensure_dir(name)?;
         // A slot that was filled once is not made blank by a repeated call.
         let is_blank = OwnerNote::read(&slot_dir)?.is_none();
+        if is_blank {
+            OwnerNote::make_room(&slot_dir)?;
+        }
         let mut mounts = Vec::new();
         let mut add = |volume: &Option<Volume>, parent: &Dir, name: &[u8], source: String| {
             let Some(volume) = volume else { return Ok(()) };
@@ -148,6 +168,7 @@ impl Inner {
         disk::remove(&self.layout.secrets, name)?;
         disk::remove(&self.layout.sockets, name)?;
         if let Some(slot_dir) = slot_dir {
+            remove_shell(&slot_dir)?;
             slot_dir.remove_file(OWNER_NOTE_NEW).optional()?;
             slot_dir.remove_file(OWNER_NOTE).optional()?;
             self.layout.slots.remove_dir(name).optional()?;
