@@ -345,7 +345,6 @@ impl Dir {
     /// # Errors
     /// Whatever the kernel answers.
     pub fn file_system_type(&self) -> Result<u64, Error> {
-        #[expect(clippy::unnecessary_cast, reason = "the field's type differs between architectures")]
         rustix::fs::fstatfs(&self.fd)
             .map(|statfs| statfs.f_type as u64)
             .map_err(|errno| self.error("statfs", b"", errno))

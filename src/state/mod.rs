@@ -37,7 +37,9 @@ pub type SharedFiles = Arc<dyn SlotFiles>;
 /// Carries state and secrets into slots and out of them.
 #[async_trait]
 pub trait SlotFiles: Send + Sync + 'static {
-    /// Makes the slot's empty directories; says what to mount where. May be repeated.
+    /// Makes the slot's empty directories, one for each volume that the spec has; says
+    /// what to mount where. May be repeated. Without a state volume, fill and capture
+    /// leave the cache as it is.
     async fn prepare(&self, slot: &SlotId, volumes: &Volumes) -> Result<Vec<Mount>, Error>;
 
     /// Asks the store for the newest snapshot; `None` is proof that there is none.
@@ -70,8 +72,9 @@ pub trait SlotFiles: Send + Sync + 'static {
     async fn drop_checkpoint(&self, checkpoint: &CheckpointId) -> Result<(), Error>;
 
     /// Saves a tree as the newest snapshot: data first, then the record, read back.
-    /// Repeating a call with the same nonce commits at most once. Cancel-safe: a
-    /// dropped call has either committed or not, and a repetition finds out.
+    /// Repeating a call with the same nonce commits at most once; a nonce stands for
+    /// one version of a tree. Cancel-safe: a dropped call has either committed or
+    /// not, and a repetition finds out.
     async fn save(&self, save: &Save) -> Result<Saved, Error>;
 
     /// Removes a cached tree; the caller knows that the store has it or that it is not wanted.
@@ -95,7 +98,8 @@ pub trait SlotFiles: Send + Sync + 'static {
     async fn survey(&self) -> Result<Survey, Error>;
 
     /// Returns when anything below the slot's state directory last changed, in
-    /// milliseconds since the epoch, as far as a bounded walk can tell.
+    /// milliseconds since the epoch, as far as a bounded walk can tell; `None` when
+    /// it has no state directory.
     async fn last_change_ms(&self, slot: &SlotId) -> Result<Option<u64>, Error>;
 
     /// Acts on one file of a slot's state directory, for scripts; confined.

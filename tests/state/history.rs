@@ -25,6 +25,7 @@ async fn round(node: &Node, epoch: u64, keep_last: u32, change: impl FnOnce(&std
     node.files.wipe(&slot).await.unwrap();
 }
 
+/// P1: a stale epoch can publish nothing, and what it has is kept (P2).
 #[tokio::test]
 async fn a_stale_epoch_publishes_nothing() {
     let store = Arc::new(MemoryStore::default());

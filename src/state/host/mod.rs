@@ -21,8 +21,8 @@
 //! - Of what a crash in the middle of a move may change, there is only the
 //!   modification time of the root directory itself.
 //!
-//! File work runs on few blocking threads ([`workers`]); a move of at most
-//! [`INLINE_ENTRIES`] entries is done where it is asked for, for it is faster
+//! File work runs on few blocking threads (`workers`); a move of at most eight
+//! entries is done where it is asked for, for it is faster
 //! than handing it over.
 
 mod checkpoint;

@@ -166,7 +166,7 @@ mod tests {
         let (again, _) = packer.small(Digest::of(&content), &content).unwrap();
         assert_eq!(first, again);
         let mut closed = 0;
-        for n in 0..20_u32 {
+        for n in 0..25_u32 {
             let content = [n.to_le_bytes().to_vec(), vec![0; 900 * 1024]].concat();
             closed += usize::from(packer.small(Digest::of(&content), &content).unwrap().1.is_some());
         }
