@@ -10,9 +10,12 @@ use std::{
 
 use boilerhouse::{
     api::{RouteScope, routes},
+    config::{Fallback, settings},
     model::{
         ClaimSource, ClaimState, Epoch, Revision, SlotId, SnapshotRef, StateSource, TenantId, WorkloadId,
+        spec::{SpecDefaults, fields},
     },
+    script::{Hook, LoadOptions, Set, SourceFile, Sources},
     tenancy::{
         ClaimAnswer, ClaimStatus, ContainerAnswer, Endpoints, ReleaseAnswer, ReleaseState, StateAnswer,
         TenantStatus,
@@ -270,7 +273,9 @@ fn the_deployment_uses_documented_settings_and_capabilities() {
     for line in compose.lines() {
         let setting = line.trim_start_matches([' ', '#']).split(':').next().unwrap_or_default();
         let is_setting = setting.starts_with("BOILERHOUSE_") || setting.starts_with("AWS_");
-        if is_setting && !documented.contains(setting) {
+        let is_alternative =
+            || settings().iter().any(|known| known.variables().any(|variable| variable == setting));
+        if is_setting && !documented.contains(setting) && !is_alternative() {
             findings.push(format!("compose.yaml: {setting} is not in the README's table"));
         }
     }
@@ -286,6 +291,66 @@ fn the_deployment_uses_documented_settings_and_capabilities() {
         findings.push(format!("compose.yaml gives {given:?}, Dockerfile explains {explained:?}"));
     }
     report(findings);
+}
+
+// === The tables that code has ===
+
+#[test]
+fn every_setting_is_in_the_readme_with_its_default() {
+    let code: Vec<Vec<String>> = settings()
+        .iter()
+        .map(|setting| {
+            let default = match setting.default {
+                Fallback::Value(value) => vec![value.to_owned()],
+                // Words are the README's own business.
+                Fallback::Words(_) => Vec::new(),
+            };
+            [vec![setting.variable.to_owned()], default].concat()
+        })
+        .collect();
+    report(table_findings("configuration", &table(&file("README.md"), "configuration"), &code));
+}
+
+#[test]
+fn every_hook_is_in_the_readme() {
+    let code: Vec<Vec<String>> =
+        Hook::ALL.into_iter().map(|hook| vec![format!("{}(ctx)", hook.name())]).collect();
+    report(table_findings("hooks", &table(&file("README.md"), "hooks"), &code));
+}
+
+#[test]
+fn every_field_of_a_spec_is_in_the_readme_as_the_code_has_it() {
+    let code: Vec<Vec<String>> = fields()
+        .iter()
+        .map(|field| {
+            [field.path, &field.kind.to_string(), field.default, field.doc].map(str::to_owned).to_vec()
+        })
+        .collect();
+    let readme = file("README.md");
+    let findings = table_findings("fields", &table(&readme, "fields"), &code);
+    let rows: Vec<String> = code
+        .iter()
+        .map(|row| {
+            let ticked = |cell: &str| if cell.is_empty() { String::new() } else { format!("`{cell}`") };
+            format!("| {} | {} | {} | {} |", ticked(&row[0]), row[1], ticked(&row[2]), row[3])
+        })
+        .collect();
+    assert!(findings.is_empty(), "{}\nthe table should be:\n{}\n", findings.join("\n"), rows.join("\n"));
+}
+
+#[test]
+fn the_readmes_workload_passes_the_check() {
+    let readme = file("README.md");
+    let (_, rest) = readme.split_once("<<'RHAI'\n").expect("the README writes a workload");
+    let (script, _) = rest.split_once("\nRHAI\n").expect("its end is marked");
+    let mut sources = Sources::default();
+    sources.workloads.insert("notes".to_owned(), SourceFile::new("workloads/notes.rhai", script));
+    let options = LoadOptions {
+        defaults: SpecDefaults { min_idle: 5, max: 50 },
+        default_image: "alpine:latest".to_owned(),
+    };
+    let set = Set::load(&sources, &options).unwrap_or_else(|errors| panic!("{errors:#?}"));
+    assert!(set.only().is_some_and(|workload| workload.has(Hook::BeforeClaim)));
 }
 
 // === The comparisons can fail ===
