@@ -2,10 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use rhai::{AST, ASTFlags, ASTNode, Engine, Expr, Module, ParseErrorType, Scope, Shared, Stmt};
+use rhai::{AST, ASTFlags, ASTNode, Engine, Expr, Module, ParseErrorType, Scope, Shared, Stmt, Token};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -61,12 +64,32 @@ pub(super) fn engine(modules: Modules) -> Engine {
     engine::new(&Arc::new(Guard::new(LOAD_DEADLINE, CancellationToken::new())), modules)
 }
 
+/// Lets `debug`, a word of the language, be the name of a method: `ctx.log.debug(…)`.
+#[expect(deprecated, reason = "rhai's mark for an API that may change; a test from Rhai holds it")]
+fn allow_debug_method(engine: &mut Engine) {
+    let after_dot = AtomicBool::new(false);
+    engine.on_parse_token(move |token, _, _| {
+        let is_dot = matches!(token, Token::Period | Token::Elvis);
+        match token {
+            Token::Reserved(word) if after_dot.swap(is_dot, Ordering::Relaxed) && *word == "debug" => {
+                Token::Identifier(word)
+            }
+            token => {
+                after_dot.store(is_dot, Ordering::Relaxed);
+                token
+            }
+        }
+    });
+}
+
 /// Parses one script.
 ///
 /// # Errors
 /// The first thing that is not Rhai.
 pub(super) fn parse(file: &SourceFile) -> Result<Unit, Box<Diagnostic>> {
-    let mut ast = engine(Modules::default()).compile(&file.text).map_err(|error| {
+    let mut engine = engine(Modules::default());
+    allow_debug_method(&mut engine);
+    let mut ast = engine.compile(&file.text).map_err(|error| {
         let help = match error.err_type() {
             ParseErrorType::Reserved(word) if word == "sync" => {
                 Some("`sync` is a word of the language; the field is `persist`".to_owned())
@@ -235,8 +258,10 @@ impl Unit {
         parameters: usize,
         on_node: &mut dyn FnMut(&[ASTNode]) -> bool,
     ) {
-        let only = |_, _, _, other: &str, count| other == name && count == parameters;
-        self.ast.clone_functions_only_filtered(only).walk(on_node);
+        // Not `clone_functions_only_filtered`: into a module without functions it takes all.
+        let mut only = self.ast.clone_functions_only();
+        only.retain_functions(|_, _, other, count| other == name && count == parameters);
+        only.walk(on_node);
     }
 
     /// Returns the names and numbers of parameters of its functions.

@@ -91,10 +91,10 @@ mod tests {
         let unit = compile::parse(&SourceFile::new("a", text)).unwrap();
         let place = |path: &str| field(&unit, path).map(|place| (place.line, place.column));
         assert_eq!(place("id"), Some((4, 6)));
-        assert_eq!(place("volumes.state.container_path"), Some((4, 38)));
-        assert_eq!(place("volumes.state.mode"), Some((4, 26)), "the map that lacks it");
+        assert_eq!(place("volumes.state.container_path"), Some((4, 37)));
+        assert_eq!(place("volumes.state.mode"), Some((4, 27)), "the map that lacks it");
         assert_eq!(place("command[1]"), Some((5, 21)));
-        assert_eq!(place("pool.max"), Some((3, 26)), "in a map that is merged in");
+        assert_eq!(place("pool.max"), Some((3, 27)), "in a map that is merged in");
         assert_eq!(place("image"), None, "not another map's key, nor another function's");
     }
 

@@ -243,7 +243,11 @@ fn evaluate(call: &Arc<Call>, compiled: &Compiled) -> Result<Dynamic, Box<rhai::
     let printed = Arc::clone(call);
     engine.on_print(move |text| printed.log(LogLevel::Info, text, serde_json::Map::new()));
     let debugged = Arc::clone(call);
-    engine.on_debug(move |text, _, _| debugged.log(LogLevel::Debug, text, serde_json::Map::new()));
+    engine.on_debug(move |text, _, _| {
+        if !text.is_empty() {
+            debugged.log(LogLevel::Debug, text, serde_json::Map::new());
+        }
+    });
     let ctx = match call.hook.kind() {
         HookKind::Decides => Dynamic::from(DecideCtx(Arc::clone(call))),
         HookKind::Acts => Dynamic::from(ActionCtx(Arc::clone(call))),
@@ -252,3 +256,6 @@ fn evaluate(call: &Arc<Call>, compiled: &Compiled) -> Result<Dynamic, Box<rhai::
     let options = CallFnOptions::new().eval_ast(true).rewind_scope(true);
     engine.call_fn_with_options(options, &mut Scope::new(), &compiled.ast, call.hook.name(), (ctx,))
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,7 +24,7 @@ pub(super) struct FakeHost {
 
 /// One workload with one hook, ready to be run.
 pub(super) struct Trial {
-    hook: Hook,
+    pub(super) hook: Hook,
     /// Lines of the spec's map beside id and image.
     pub(super) spec: String,
     /// Text of the shared script `lib`.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rhai::{Dynamic, Map, NativeCallContext};
+use rhai::{Dynamic, ImmutableString, Map, NativeCallContext};
 
 use super::{Primitive, Registry, SecretText, data};
 use crate::script::{
@@ -32,6 +32,9 @@ pub(super) fn register(registry: &mut Registry) {
     ];
     for (name, level, signature, doc) in levels {
         registry.describe(Primitive::method("ctx.log", name, &[1, 2], signature, doc));
+        if level == LogLevel::Debug {
+            continue;
+        }
         registry.define(name, move |context: NativeCallContext, log: &mut Log, message: Dynamic| {
             write(&context, &log.0, level, message, Map::new())
         });
@@ -42,6 +45,18 @@ pub(super) fn register(registry: &mut Registry) {
             },
         );
     }
+    // The engine takes the text that any function named `debug` returns and passes it to
+    // its own log, which leaves empty lines out; the script gets `()`.
+    let nothing = |()| ImmutableString::new();
+    registry.define("debug", move |context: NativeCallContext, log: &mut Log, message: Dynamic| {
+        write(&context, &log.0, LogLevel::Debug, message, Map::new()).map(nothing)
+    });
+    registry.define(
+        "debug",
+        move |context: NativeCallContext, log: &mut Log, message: Dynamic, fields: Map| {
+            write(&context, &log.0, LogLevel::Debug, message, fields).map(nothing)
+        },
+    );
 }
 
 fn write(
@@ -71,7 +86,7 @@ fn write(
 
 #[cfg(test)]
 mod tests {
-    use crate::script::{Hook, LogLevel, testing::Trial};
+    use crate::script::{Hook, LogLevel, Verdict, testing::Trial};
 
     #[test]
     fn lines_have_a_level_a_message_and_fields() {
@@ -80,6 +95,7 @@ mod tests {
             .run(
                 r#"
                 ctx.log.debug("why");
+                ctx.log.debug("because", #{ n: 0 });
                 ctx.log.info("what", #{ n: 1 });
                 ctx.log.warn(7);
                 ctx.log.error("now");
@@ -93,6 +109,7 @@ mod tests {
             trial.host.logs(),
             [
                 line(LogLevel::Debug, "why", "{}"),
+                line(LogLevel::Debug, "because", r#"{"n":0}"#),
                 line(LogLevel::Info, "what", r#"{"n":1}"#),
                 line(LogLevel::Warn, "7", "{}"),
                 line(LogLevel::Error, "now", "{}"),
@@ -103,9 +120,11 @@ mod tests {
     }
 
     #[test]
-    fn a_deciding_hook_logs_too() {
-        let trial = Trial::of(Hook::BeforeClaim);
-        trial.run(r#"ctx.log.info("hello")"#).unwrap();
-        assert_eq!(trial.host.logs()[0].1, "hello");
+    fn a_deciding_hook_logs_too_and_logging_is_no_verdict() {
+        for level in ["debug", "info", "warn", "error"] {
+            let trial = Trial::of(Hook::BeforeClaim);
+            assert_eq!(trial.run(&format!("ctx.log.{level}(\"hello\")")).unwrap(), Verdict::Default);
+            assert_eq!(trial.host.logs()[0].1, "hello");
+        }
     }
 }
