@@ -80,6 +80,7 @@ pub struct Node {
     pub metrics: Arc<Metrics>,
     /// Everything that runs.
     pub tasks: Tasks,
+    journal: Journal,
     /// Work that time asks for; started by [`Node::start_upkeep`], or called by hand in tests.
     pub upkeep: Upkeep,
 }
@@ -148,6 +149,7 @@ impl Node {
             return Err(Error::OtherStore { before, now: parts.store_name });
         }
         let tasks = Tasks::new();
+        let journal = parts.journal.clone();
         let metrics = Arc::new(Metrics::new());
         let pools = Pools::new(PoolParts {
             instance: parts.instance.clone(),
@@ -190,7 +192,7 @@ impl Node {
             instance: parts.instance,
             idle_timeout_ms: parts.idle_timeout_ms,
         };
-        Ok(Self { tenancy, pools, metrics, tasks, upkeep })
+        Ok(Self { tenancy, pools, metrics, tasks, journal, upkeep })
     }
 
     /// Starts the scheduler and the engine's event stream.
@@ -213,6 +215,9 @@ impl Node {
         let left = self.tasks.wait(ABORT_LIMIT).await;
         if !left.is_empty() {
             warn!(tasks = ?left, "tasks did not end when aborted");
+        }
+        if let Err(error) = self.journal.flush().await {
+            error!(error = &error as &dyn std::error::Error, "journal could not be flushed");
         }
     }
 
@@ -281,7 +286,7 @@ pub async fn serve(config: Config) -> Result<(), Error> {
     node.start_upkeep().await?;
     info!(%address, instance, version = env!("CARGO_PKG_VERSION"), "listening");
     let router = api::router(ApiState::new(node.tenancy.clone(), auth, metrics_text(&node)));
-    let served = tokio::spawn(api::serve(listener, router, node.tasks.draining()));
+    node.tasks.spawn("api", api::serve(listener, router, node.tasks.draining()));
     wait_for_signal().await;
     info!("draining; a second signal aborts");
     node.tasks.drain();
@@ -291,10 +296,7 @@ pub async fn serve(config: Config) -> Result<(), Error> {
             warn!("aborting; the next start finishes what was under way");
             node.tasks.abort();
         }
-        () = async {
-            node.stop().await;
-            let _ = served.await;
-        } => {}
+        () = node.stop() => {}
     }
     info!("stopped");
     Ok(())

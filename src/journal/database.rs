@@ -34,10 +34,9 @@ const STATEMENTS_KEPT: usize = 32;
 /// The writer's page cache, in KiB.
 const CACHE_KIB: i64 = 32 << 10;
 
-/// Pages in the log before it is put into the database. A page that changes often
-/// is then written there once for many times in the log; against SQLite's 1,000
-/// this doubled the claims a second with 100,000 tenants known. After a crash
-/// the 64 MB are read once.
+/// Pages in the log before it is put into the database (SQLite's own default is
+/// 1,000). A page that changes often is then written there once for many times
+/// in the log. After a crash the 64 MB are read once.
 const LOG_PAGES: i64 = 16_000;
 
 /// SQLite's page size.

@@ -15,6 +15,7 @@ use crate::{
     runtime::{self, ContainerStatus, Created, ExecRequest, Labels, plan::ContainerPlan},
     script::Workload,
     state,
+    telemetry::chain,
 };
 
 /// The first wait between two probes of a warming slot.
@@ -152,18 +153,6 @@ pub(super) fn watch(parts: &PoolParts, workload: &Workload, slot: &SlotId, made:
             }
         }
     });
-}
-
-/// Joins an error with its sources, for people.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 async fn create(parts: &PoolParts, plan: &ContainerPlan) -> Result<Created, String> {

@@ -7,23 +7,12 @@ use super::{
     ReleaseState, StateAnswer, TenantStatus, WorkloadStatus,
     registry::{Detail, Live, SaveOutcome},
 };
+pub(super) use crate::telemetry::chain;
 use crate::{
     journal::ClaimRow,
     model::{ClaimSource, Epoch, Key, Secret, StateSource, TenantId},
     script::{Hook, Output, Workload},
 };
-
-/// Joins an error with its sources, for people.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
 
 pub(super) fn source_name(source: ClaimSource) -> &'static str {
     match source {
