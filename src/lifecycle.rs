@@ -16,6 +16,7 @@ use std::{
 
 use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument as _;
 
 /// Spawns and tracks named tasks; clones share one set.
 #[derive(Debug, Clone, Default)]
@@ -59,10 +60,12 @@ impl Tasks {
         self.inner.live.lock().unwrap_or_else(PoisonError::into_inner).insert(id, name);
         let named = Named { inner: Arc::clone(&self.inner), id };
         let abort = self.inner.abort.clone();
-        self.inner.tracker.spawn(async move {
+        // In the caller's span: what a request sets off is logged under its id.
+        let tracked = async move {
             let _named = named;
             abort.run_until_cancelled(future).await
-        })
+        };
+        self.inner.tracker.spawn(tracked.in_current_span())
     }
 
     /// Returns the token that is cancelled when no new work should begin.

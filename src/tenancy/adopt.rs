@@ -469,7 +469,7 @@ impl Inner {
                 Fate::End(ending) => {
                     let Some(live) = self.adopted_live(loaded, row, &workload) else { continue };
                     entry.set_live(Some(Arc::clone(&live)));
-                    info!(tenant = %key.tenant, workload = %key.workload, epoch = row.epoch.0, ending = ?ending, "claim goes to its end");
+                    info!(tenant = %key.tenant, workload = %key.workload, epoch = row.epoch.0, ending = ending.name(), "claim goes to its end");
                     let (inner, key, entry) = (Arc::clone(self), key.clone(), Arc::clone(&entry));
                     // The guard is taken here, so that no request comes before the end has begun.
                     let held = Arc::clone(&entry.guard).lock_owned().await;

@@ -1,6 +1,6 @@
 //! Builds what requests are answered with.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::{
     ClaimAnswer, ClaimStatus, ContainerAnswer, Endpoints, Error, Inner, OutputAnswer, ReleaseAnswer,
@@ -13,6 +13,11 @@ use crate::{
     model::{ClaimSource, Epoch, Key, Secret, StateSource, TenantId},
     script::{Hook, Output, Workload},
 };
+
+/// Returns a duration in milliseconds, to the microsecond.
+pub(super) fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
 
 pub(super) fn source_name(source: ClaimSource) -> &'static str {
     match source {

@@ -595,7 +595,7 @@ impl Steps {
 
     fn mark(&mut self, step: &'static str) {
         let now = Instant::now();
-        self.ms.insert(step, (now - self.last).as_secs_f64() * 1e3);
+        self.ms.insert(step, answer::ms(now - self.last));
         self.last = now;
     }
 
@@ -604,7 +604,7 @@ impl Steps {
     }
 
     fn finish(&mut self) -> BTreeMap<&'static str, f64> {
-        self.ms.insert("total", self.total().as_secs_f64() * 1e3);
+        self.ms.insert("total", answer::ms(self.total()));
         std::mem::take(&mut self.ms)
     }
 }

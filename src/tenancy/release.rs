@@ -42,6 +42,19 @@ struct Local {
     unsaved: Option<Arc<Unsaved>>,
 }
 
+// === impl Ending ===
+
+impl Ending {
+    /// Returns the name used in logs.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Released => "released",
+            Self::Failed => "failed",
+            Self::Lost => "lost",
+        }
+    }
+}
+
 // === impl Inner ===
 
 impl Inner {
@@ -206,7 +219,7 @@ impl Inner {
         if let Some(pool) = self.parts.pools.get(&key.workload) {
             pool.retire(&live.slot).await;
         }
-        info!(tenant = %key.tenant, workload = %key.workload, epoch = live.epoch().0, slot = %live.slot, ending = ?ending, "claim ended");
+        info!(tenant = %key.tenant, workload = %key.workload, epoch = live.epoch().0, slot = %live.slot, ending = ending.name(), "claim ended");
         if let Some(unsaved) = &unsaved {
             self.start_save(key, Arc::clone(unsaved), Arc::clone(&live.workload));
         }

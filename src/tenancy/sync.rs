@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use super::{Error, GUARD_WAIT, Inner, RETRY_AFTER_MS, SyncAnswer, registry::Live, save::max_bytes};
+use super::{Error, GUARD_WAIT, Inner, RETRY_AFTER_MS, SyncAnswer, answer, registry::Live, save::max_bytes};
 use crate::{
     clock::random_hex,
     crash_point,
@@ -133,7 +133,7 @@ impl Inner {
         crash_point!(self.parts.crash, "sync.paused");
         let copied = tokio::time::timeout(max_pause, self.parts.files.copy_paused(checkpoint)).await;
         paused.undo().await;
-        let paused_ms = began.elapsed().as_secs_f64() * 1e3;
+        let paused_ms = answer::ms(began.elapsed());
         match copied {
             Ok(Ok(())) => Ok(paused_ms),
             Ok(Err(error)) => Err(self.state_error(key, &error)),
