@@ -8,7 +8,10 @@ use std::{
     },
 };
 
-use rhai::{AST, ASTFlags, ASTNode, Engine, Expr, Module, ParseErrorType, Scope, Shared, Stmt, Token};
+use rhai::{
+    AST, ASTFlags, ASTNode, Engine, Expr, FnAccess, Module, ParseErrorType, Position, Scope, Shared, Stmt,
+    StmtBlock, Token,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -19,6 +22,9 @@ use super::{
     source::SourceFile,
 };
 use crate::model::suggest::closest;
+
+/// The variable by which an entry gets its argument.
+pub(super) const ARGUMENT: &str = "argument_of_the_entry";
 
 /// One parsed script.
 pub(super) struct Unit {
@@ -258,15 +264,51 @@ impl Unit {
         parameters: usize,
         on_node: &mut dyn FnMut(&[ASTNode]) -> bool,
     ) {
-        // Not `clone_functions_only_filtered`: into a module without functions it takes all.
+        // (`clone_functions_only_filtered` of rhai 1.27 does not filter.)
         let mut only = self.ast.clone_functions_only();
         only.retain_functions(|_, _, other, count| other == name && count == parameters);
         only.walk(on_node);
     }
 
+    /// Returns a tree that, evaluated, does what a call of the function would do, with
+    /// the variable [`ARGUMENT`] of the scope as its only argument if it takes one.
+    ///
+    /// A call would lose places: the engine gives errors that end a script (a deadline,
+    /// a value too large) the place of the call on their way out of a function, and the
+    /// outermost call has none. Here the function's body is the outermost code.
+    pub(super) fn entry(&self, name: &str) -> AST {
+        let function = self.ast.iter_fn_def().find(|function| function.name.as_str() == name);
+        let parameter = function.and_then(|function| function.params.first());
+        let mut body = Vec::new();
+        self.walk_function(name, usize::from(parameter.is_some()), &mut |nodes: &[ASTNode]| {
+            if let [ASTNode::Stmt(statement)] = nodes {
+                body.push(Stmt::clone(statement));
+            }
+            true
+        });
+        let mut statements = self.ast.statements().to_vec();
+        if let Some(parameter) = parameter {
+            // By a parser that lets it name what is not there yet.
+            let argument = Engine::new_raw().compile(format!("let {parameter} = {ARGUMENT};"));
+            statements.extend(argument.iter().flat_map(|argument| argument.statements().iter().cloned()));
+        }
+        // A block, so that a `const` in it is no global one.
+        let block = StmtBlock::new(body, Position::NONE, Position::NONE);
+        statements.push(Stmt::Block(Box::new(block)));
+        AST::new_with_source(statements, self.ast.shared_lib().clone(), self.file.name.as_str())
+    }
+
     /// Returns the names and numbers of parameters of its functions.
     pub(super) fn functions(&self) -> impl Iterator<Item = (&str, usize)> {
         self.ast.iter_fn_def().map(|function| (function.name.as_str(), function.params.len()))
+    }
+
+    /// Returns the same of those that other scripts can call.
+    pub(super) fn public_functions(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.ast
+            .iter_fn_def()
+            .filter(|function| function.access == FnAccess::Public)
+            .map(|function| (function.name.as_str(), function.params.len()))
     }
 
     /// Returns its top-level statements that are neither `const` nor `import`.

@@ -89,12 +89,15 @@ impl Diagnostic {
     /// Makes an error about a place in a file.
     pub(super) fn at(file: &SourceFile, place: Option<Place>, message: impl Into<String>) -> Self {
         let mut diagnostic = Self::whole(file.name.clone(), message);
-        if let Some(place) = place {
-            diagnostic.line = Some(place.line);
-            diagnostic.column = Some(place.column);
-            diagnostic.source_line = file.line(place.line).map(str::to_owned);
-        }
+        diagnostic.point_at(file, place);
         diagnostic
+    }
+
+    /// Shows a place of its file.
+    pub(super) fn point_at(&mut self, file: &SourceFile, place: Option<Place>) {
+        self.line = place.map(|place| place.line);
+        self.column = place.map(|place| place.column);
+        self.source_line = place.and_then(|place| file.line(place.line)).map(str::to_owned);
     }
 
     /// Says how to put it right.

@@ -167,7 +167,12 @@ fn describe(error: &EvalAltResult) -> (HookErrorKind, String, Option<String>) {
         },
         EvalAltResult::ErrorFunctionNotFound(signature, _) => {
             let name = signature.split(['(', ' ']).next().unwrap_or(signature);
-            (Failed, format!("unknown function `{signature}`"), suggest(name))
+            if engine::library().names.contains(name) {
+                // It is there, but not for arguments of these types.
+                (Failed, format!("unknown function `{signature}`"), None)
+            } else {
+                (Failed, format!("unknown function `{name}`"), suggest(name))
+            }
         }
         EvalAltResult::ErrorStackOverflow(_) => {
             (Failed, format!("functions call each other more than {MAX_CALL_LEVELS} deep"), None)

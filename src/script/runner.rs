@@ -10,13 +10,14 @@ use std::{
     time::Duration,
 };
 
-use rhai::{CallFnOptions, Dynamic, Engine, Scope};
+use rhai::{AST, Dynamic, Engine, EvalAltResult, Scope};
 use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Facts, HookError, HookErrorKind, SharedHost, Verdict,
     call::{Call, Message, Waiter},
+    compile::ARGUMENT,
     ctx::{ActionCtx, DecideCtx, Decision, type_of},
     diagnostic::Diagnostic,
     engine, fault,
@@ -119,7 +120,7 @@ impl Runner {
             HookKind::Decides => &self.deciding,
             HookKind::Acts => &self.acting,
         };
-        let entry = workload.compiled().entry.clone();
+        let entry = workload.compiled().unit.file.name.clone();
         let outside = |kind, message: String| Err(HookError::outside(hook, kind, &entry, message));
         let place = tokio::select! {
             biased;
@@ -201,28 +202,32 @@ fn perform(call: Call, workload: &Workload) -> Result<Verdict, HookError> {
         let diagnostic = Box::new(Diagnostic::at(&compiled.unit.file, place, message));
         Err(HookError { hook, kind, diagnostic })
     };
+    let explained = |error: &EvalAltResult| {
+        let (kind, mut diagnostic) = fault::explain(error, &compiled.files, &compiled.unit.file.name);
+        if diagnostic.line.is_none() && diagnostic.file == compiled.unit.file.name {
+            diagnostic.point_at(&compiled.unit.file, compiled.unit.function_place(hook.name()));
+        }
+        Err(HookError { hook, kind, diagnostic: Box::new(diagnostic) })
+    };
     // It may have stood in the queue for long.
     if let Some(why) = call.guard.tick() {
         let (kind, message) = fault::stopped(Some(&why));
         let kind = if kind == HookErrorKind::Deadline { HookErrorKind::Busy } else { kind };
         return whole(kind, format!("{message} before it began"));
     }
-    let result = catch_unwind(AssertUnwindSafe(|| evaluate(&call, compiled)));
+    let Some(entry) = compiled.entries.get(&hook) else { return Ok(Verdict::Default) };
+    let result = catch_unwind(AssertUnwindSafe(|| evaluate(&call, compiled, entry)));
     match (result, call.guard.stopped()) {
         (Err(_), _) => whole(HookErrorKind::Panicked, "a function of the server's panicked".to_owned()),
-        (Ok(Err(error)), _) if matches!(error.unwrap_inner(), rhai::EvalAltResult::ErrorTerminated(..)) => {
-            let (kind, diagnostic) = fault::explain(&error, &compiled.files, &compiled.entry);
-            Err(HookError { hook, kind, diagnostic: Box::new(diagnostic) })
+        (Ok(Err(error)), _) if matches!(error.unwrap_inner(), EvalAltResult::ErrorTerminated(..)) => {
+            explained(&error)
         }
         // Native code can lose the error that ends a script; its result does not count.
         (Ok(_), Some(why)) => {
             let (kind, message) = fault::stopped(Some(&why));
             whole(kind, message.to_owned())
         }
-        (Ok(Err(error)), None) => {
-            let (kind, diagnostic) = fault::explain(&error, &compiled.files, &compiled.entry);
-            Err(HookError { hook, kind, diagnostic: Box::new(diagnostic) })
-        }
+        (Ok(Err(error)), None) => explained(&error),
         (Ok(Ok(value)), None) if value.is_unit() => Ok(Verdict::Default),
         (Ok(Ok(value)), None) => match value.read_lock::<Decision>() {
             Some(decision) => Ok(decision.0.clone()),
@@ -238,7 +243,7 @@ fn perform(call: Call, workload: &Workload) -> Result<Verdict, HookError> {
     }
 }
 
-fn evaluate(call: &Arc<Call>, compiled: &Compiled) -> Result<Dynamic, Box<rhai::EvalAltResult>> {
+fn evaluate(call: &Arc<Call>, compiled: &Compiled, entry: &AST) -> Result<Dynamic, Box<EvalAltResult>> {
     let mut engine: Engine = engine::new(&call.guard, compiled.modules.clone());
     let printed = Arc::clone(call);
     engine.on_print(move |text| printed.log(LogLevel::Info, text, serde_json::Map::new()));
@@ -252,9 +257,9 @@ fn evaluate(call: &Arc<Call>, compiled: &Compiled) -> Result<Dynamic, Box<rhai::
         HookKind::Decides => Dynamic::from(DecideCtx(Arc::clone(call))),
         HookKind::Acts => Dynamic::from(ActionCtx(Arc::clone(call))),
     };
-    // Constants and imports are seen by functions only when the top level is evaluated.
-    let options = CallFnOptions::new().eval_ast(true).rewind_scope(true);
-    engine.call_fn_with_options(options, &mut Scope::new(), &compiled.ast, call.hook.name(), (ctx,))
+    let mut scope = Scope::new();
+    scope.push_dynamic(ARGUMENT, ctx);
+    engine.eval_ast_with_scope(&mut scope, entry)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use rhai::{CallFnOptions, Dynamic, Scope};
+use rhai::{Dynamic, Scope};
 
 use super::{
     builtin,
@@ -85,7 +85,11 @@ impl Set {
                 }
             }
             errors.sort_by_key(Diagnostic::order);
-            errors.dedup();
+            // The lint and the first run can find the same mistake.
+            errors.dedup_by(|later, first| {
+                later.order() == first.order()
+                    && (later.message.ends_with(&first.message) || first.message.ends_with(&later.message))
+            });
             (set, errors)
         });
         loaded.unwrap_or_else(|message| (Self::default(), vec![Diagnostic::whole("scripts", message)]))
@@ -187,8 +191,7 @@ impl Loader<'_> {
     /// Calls `workload()`, without `ctx` and within the loading deadline.
     fn call(&self, unit: &Unit) -> Result<Dynamic, Box<Diagnostic>> {
         let engine = compile::engine(self.scripts.modules.clone());
-        let options = CallFnOptions::new().eval_ast(true).rewind_scope(true);
-        engine.call_fn_with_options(options, &mut Scope::new(), &unit.ast, "workload", ()).map_err(|error| {
+        engine.eval_ast_with_scope(&mut Scope::new(), &unit.entry("workload")).map_err(|error| {
             let files: Files = self
                 .sources
                 .values()

@@ -1,11 +1,6 @@
 //! One loaded workload: its spec, its compiled script, and the text it came from.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use rhai::AST;
 use serde::{Deserialize, Serialize};
@@ -32,20 +27,18 @@ pub struct Workload {
     pub spec_hash: SpecHash,
     /// Stands for the spec and every script behind it.
     pub revision: Revision,
-    hooks: BTreeSet<Hook>,
     compiled: Compiled,
     bundle: Bundle,
 }
 
 /// The script, ready to run.
 pub(super) struct Compiled {
-    pub(super) ast: AST,
+    /// By hook, what to evaluate.
+    pub(super) entries: BTreeMap<Hook, AST>,
     pub(super) modules: Modules,
     /// What errors may point into.
     pub(super) files: Files,
-    /// The name of the workload's own file.
-    pub(super) entry: String,
-    /// The places of the hooks' functions, for errors that concern all of one.
+    /// The workload's own script.
     pub(super) unit: Unit,
 }
 
@@ -81,17 +74,15 @@ impl Workload {
     ) -> Self {
         let bundle = Bundle { workload: unit.file.clone(), scripts };
         let revision = revision.unwrap_or_else(|| revision_of(&spec, &bundle));
-        let hooks = Hook::ALL
-            .into_iter()
-            .filter(|hook| unit.functions().any(|(name, parameters)| name == hook.name() && parameters == 1))
-            .collect();
+        let has = |hook: &Hook| unit.functions().any(|function| function == (hook.name(), 1));
+        let entries: BTreeMap<_, _> =
+            Hook::ALL.into_iter().filter(has).map(|hook| (hook, unit.entry(hook.name()))).collect();
         let files = std::iter::once(&bundle.workload)
             .chain(bundle.scripts.values())
             .map(|file| (file.name.clone(), file.clone()))
             .collect();
-        let compiled =
-            Compiled { ast: unit.ast.clone(), modules, files, entry: unit.file.name.clone(), unit };
-        Self { spec_hash: spec.hash(), spec: Arc::new(spec), revision, hooks, compiled, bundle }
+        let compiled = Compiled { entries, modules, files, unit };
+        Self { spec_hash: spec.hash(), spec: Arc::new(spec), revision, compiled, bundle }
     }
 
     /// Returns its id.
@@ -101,12 +92,12 @@ impl Workload {
 
     /// Returns whether its script has a hook.
     pub fn has(&self, hook: Hook) -> bool {
-        self.hooks.contains(&hook)
+        self.compiled.entries.contains_key(&hook)
     }
 
     /// Returns the hooks its script has.
     pub fn hooks(&self) -> impl Iterator<Item = Hook> {
-        self.hooks.iter().copied()
+        self.compiled.entries.keys().copied()
     }
 
     /// Returns how long a hook may take.
@@ -166,7 +157,7 @@ impl fmt::Debug for Workload {
             .field("id", &self.spec.id)
             .field("spec_hash", &self.spec_hash)
             .field("revision", &self.revision)
-            .field("hooks", &self.hooks)
+            .field("hooks", &self.compiled.entries.keys())
             .finish_non_exhaustive()
     }
 }

@@ -85,15 +85,16 @@ fn is_shadowed(unit: &Unit, name: &str, parameters: usize, variable: &str) -> bo
 }
 
 fn names<'u>(unit: &'u Unit, scripts: &'u Scripts) -> Names<'u> {
-    let of = |unit: &'u Unit| {
+    fn grouped<'u>(all: impl Iterator<Item = (&'u str, usize)>) -> BTreeMap<&'u str, BTreeSet<usize>> {
         let mut functions: BTreeMap<&str, BTreeSet<usize>> = BTreeMap::new();
-        for (name, parameters) in unit.functions() {
+        for (name, parameters) in all {
             functions.entry(name).or_default().insert(parameters);
         }
         functions
-    };
+    }
     let imports = unit.imports.iter().filter_map(|import| {
-        scripts.units.get(&import.path).map(|imported| (import.alias.as_str(), of(imported)))
+        let imported = scripts.units.get(&import.path)?;
+        Some((import.alias.as_str(), grouped(imported.public_functions())))
     });
     let mut values = BTreeSet::new();
     unit.ast.walk(&mut |nodes: &[ASTNode]| {
@@ -108,7 +109,7 @@ fn names<'u>(unit: &'u Unit, scripts: &'u Scripts) -> Names<'u> {
         }
         true
     });
-    Names { functions: of(unit), imports: imports.collect(), values }
+    Names { functions: grouped(unit.functions()), imports: imports.collect(), values }
 }
 
 /// Checks one node; `checked` holds the places of methods that a chain from `ctx` led to.

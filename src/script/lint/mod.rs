@@ -11,6 +11,7 @@ use rhai::{ASTNode, Expr, Stmt};
 
 use super::{
     compile::{Scripts, Unit},
+    ctx::{PrimitiveKind, primitives},
     diagnostic::{Diagnostic, Place},
     hook::Hook,
 };
@@ -37,7 +38,25 @@ pub(super) fn lint(unit: &Unit, role: Role, scripts: &Scripts, errors: &mut Vec<
     if role == Role::Workload {
         hooks(unit, errors);
     }
+    shadowing(unit, errors);
     calls::lint(unit, role, scripts, errors);
+}
+
+/// A script's function is called before a method of the same name and number of
+/// arguments: `fn write(ctx, text)` would be what `ctx.state.write(path, text)` calls.
+fn shadowing(unit: &Unit, errors: &mut Vec<Diagnostic>) {
+    for (name, parameters) in unit.functions() {
+        let method = primitives().iter().find(|primitive| {
+            primitive.kind == PrimitiveKind::Method
+                && primitive.name == name
+                && primitive.parameters.contains(&parameters)
+        });
+        if let Some(method) = method {
+            let message = format!("`{name}` would be called in place of `{}.{name}`", method.receiver);
+            let help = "give the function another name";
+            errors.push(Diagnostic::at(&unit.file, unit.function_place(name), message).help(help));
+        }
+    }
 }
 
 /// Only `const`, `import` and functions: anything else would run at every hook.
