@@ -1,6 +1,6 @@
 //! The REST API: routes, who may use them, and how errors are answered.
 //!
-//! Every route stands in one table ([`routes`]) at the root and again under
+//! Every route stands in one table ([`routes()`]) at the root and again under
 //! `/api/v1`. A request passes, from the outside in: `envelope` (id, span,
 //! deadline, panics) → `origin` (without tokens: this machine only) → `guard`
 //! (who asks, may they, is there room, query) → its handler (body, tenancy).

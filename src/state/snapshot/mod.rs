@@ -8,8 +8,8 @@
 //! |---|---|
 //! | `t/<d>/p/<e>-<b>` | a *pack*: contents of files below 1 MiB, one after the other, about 8 MiB before compression; one zstd frame |
 //! | `t/<d>/c/<e>-<b>` | a *chunk*: at most 16 MiB of one larger file, as it is |
-//! | `t/<d>/m/<e>-<b>` | a [`Manifest`](manifest::Manifest): JSON, one zstd frame |
-//! | `t/<d>/r/<n>` | a [`Record`](manifest::Record): JSON; `<n>` is `u64::MAX` − number, 16 hexadecimal digits, so the newest is listed first |
+//! | `t/<d>/m/<e>-<b>` | a [`manifest::Manifest`]: JSON, one zstd frame |
+//! | `t/<d>/r/<n>` | a [`manifest::Record`]: JSON; `<n>` is `u64::MAX` − number, 16 hexadecimal digits, so the newest is listed first |
 //!
 //! A snapshot exists when its record does. Records are only ever *created*
 //! (If-None-Match), one number after the other from 1: creating one is both the
