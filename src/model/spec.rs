@@ -1,6 +1,6 @@
 //! The workload spec as typed, checked values.
 //!
-//! `parse` (see [`parse()`]) reads a spec from JSON-like data and reports every
+//! `parse` (see [`fn@parse`]) reads a spec from JSON-like data and reports every
 //! violation at once, each with the path of its field.
 
 mod fields;

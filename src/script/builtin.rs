@@ -38,33 +38,64 @@ pub(super) fn source(image: &str) -> SourceFile {
 #[cfg(test)]
 mod tests {
     use std::{
-        process::{Command, Stdio},
+        fs,
+        os::unix::process::CommandExt,
+        process::{Child, Command, Stdio},
         time::{Duration, Instant},
     };
 
-    use rustix::process::{Pid, Signal, kill_process};
-
     use crate::script::{LoadOptions, Set, Sources};
 
+    /// Ends all of a process group, however the test ends.
+    struct Group(Child);
+
+    impl Group {
+        fn kill(&self, signal: &str, whom: &str) {
+            let kill = format!("kill -s {signal} -- {whom}{}", self.0.id());
+            Command::new("sh").args(["-c", &kill]).stderr(Stdio::null()).status().unwrap();
+        }
+
+        /// Waits until the shell has started its `sleep`: before, it has no trap yet.
+        fn settle(&self) {
+            let children = format!("/proc/{0}/task/{0}/children", self.0.id());
+            within(|| {
+                let child = fs::read_to_string(&children).ok()?.split_whitespace().next()?.to_owned();
+                (fs::read_to_string(format!("/proc/{child}/comm")).ok()?.trim() == "sleep").then_some(())
+            });
+        }
+    }
+
+    impl Drop for Group {
+        fn drop(&mut self) {
+            self.kill("KILL", "-");
+            let _ = self.0.wait();
+        }
+    }
+
+    fn within<T>(mut condition: impl FnMut() -> Option<T>) -> T {
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(met) = condition() {
+                return met;
+            }
+            assert!(Instant::now() < until, "the condition is met in time");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     #[test]
-    fn its_command_ends_at_once_on_term() {
+    fn its_command_stays_up_and_ends_at_once_on_a_signal() {
         let set = Set::load(&Sources::default(), &LoadOptions::default()).unwrap();
         let command = set.only().unwrap().spec.command.clone().unwrap();
-        for signal in [Signal::TERM, Signal::INT] {
-            let mut child =
-                Command::new(&command[0]).args(&command[1..]).stdin(Stdio::null()).spawn().unwrap();
-            let pid = Pid::from_child(&child);
-            // Until its trap is set, the shell would die of the signal itself.
-            let until = Instant::now() + Duration::from_secs(10);
-            let status = loop {
-                kill_process(pid, signal).unwrap();
-                if let Some(status) = child.try_wait().unwrap() {
-                    break status;
-                }
-                assert!(Instant::now() < until, "it ends on {signal:?}");
-                std::thread::sleep(Duration::from_millis(20));
-            };
-            assert!(status.success() || status.code().is_none(), "{status:?}");
+        for signal in ["TERM", "INT"] {
+            let mut shell = Command::new(&command[0]);
+            shell.args(&command[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let mut group = Group(shell.process_group(0).spawn().unwrap());
+            group.settle();
+            assert!(group.0.try_wait().unwrap().is_none(), "it stays up");
+            group.kill(signal, "");
+            let status = within(|| group.0.try_wait().unwrap());
+            assert!(status.success(), "{signal}: {status:?}");
         }
     }
 

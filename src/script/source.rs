@@ -66,9 +66,9 @@ impl SourceFile {
     ///
     /// # Errors
     /// A diagnostic when it cannot be read, is too large or is not UTF-8.
-    pub(super) fn read(path: &Path) -> Result<Self, Diagnostic> {
+    pub(super) fn read(path: &Path) -> Result<Self, Box<Diagnostic>> {
         let name = path.display().to_string();
-        let refuse = |message: String| Err(Diagnostic::whole(name.clone(), message));
+        let refuse = |message: String| Err(Box::new(Diagnostic::whole(name.clone(), message)));
         match fs::metadata(path) {
             // A FIFO or a device would block or never end.
             Ok(metadata) if !metadata.is_file() => return refuse("is not a file".to_owned()),
@@ -124,7 +124,7 @@ impl Sources {
                 };
                 match SourceFile::read(&path) {
                     Ok(file) => drop(into.insert(key, file)),
-                    Err(error) => errors.push(error),
+                    Err(error) => errors.push(*error),
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! The one table of a spec's fields: names, kinds, ranges, defaults, meaning.
 //!
-//! [`super::parse()`] reads its ranges and defaults from here and the reference
+//! [`fn@super::parse`] reads its ranges and defaults from here and the reference
 //! is written from here, so that they cannot drift apart.
 
 use std::fmt;

@@ -26,7 +26,7 @@ const TIMEOUT_MS: (u64, u64) = (10, 600_000);
 ///
 /// # Errors
 /// Every violation: a map's unknown keys first, then its fields in the order of
-/// [`super::fields()`]. Never an empty list.
+/// [`fn@super::fields`]. Never an empty list.
 pub fn parse(value: &Value, defaults: &SpecDefaults) -> Result<WorkloadSpec, Vec<Violation>> {
     let sink = Sink::default();
     let spec = Section::open("", value, &sink).and_then(|root| read(&root, &sink, defaults));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rhai::Dynamic;
 
 use super::{ActionCtx, Ctx, DecideCtx, Primitive, Registry};
-use crate::script::{call::Call, convert::from_object};
+use crate::script::{ContainerFacts, call::Call, convert::from_object};
 
 /// `ctx.tenant`
 #[derive(Clone)]
@@ -123,17 +123,15 @@ fn of_claim(registry: &mut Registry) {
 }
 
 fn of_container(registry: &mut Registry) {
-    let texts: [(&'static str, &'static str, fn(&crate::script::ContainerFacts) -> String); 3] = [
-        ("id", "The engine's id of the container.", |facts| facts.id.clone()),
-        ("name", "The container's name.", |facts| facts.name.clone()),
-        ("slot", "The slot it is the container of.", |facts| facts.slot.clone()),
-    ];
-    for (name, doc, get) in texts {
+    let mut text = |name, doc, get: fn(&ContainerFacts) -> String| {
         registry.describe(Primitive::property("ctx.container", name, name, doc));
         registry.getter(name, move |container: &Container| {
             container.0.facts.container.as_ref().map_or_else(String::new, get)
         });
-    }
+    };
+    text("id", "The engine's id of the container.", |facts| facts.id.clone());
+    text("name", "The container's name.", |facts| facts.name.clone());
+    text("slot", "The slot it is the container of.", |facts| facts.slot.clone());
     registry.describe(Primitive::property(
         "ctx.container",
         "address",

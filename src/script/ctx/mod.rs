@@ -253,7 +253,7 @@ fn text(context: &NativeCallContext<'_>, call: &Call, what: &str, value: Dynamic
 
 /// Refuses keys of a map that are not among `allowed`.
 fn known_keys(context: &NativeCallContext<'_>, what: &str, map: &rhai::Map, allowed: &[&str]) -> Outcome<()> {
-    for key in map.keys().filter(|key| !allowed.contains(&key.as_str())) {
+    if let Some(key) = map.keys().find(|key| !allowed.contains(&key.as_str())) {
         let hint = closest(key, allowed.iter().copied())
             .map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
         let message = format!("{what} has no `{key}`{hint} (allowed: {})", allowed.join(", "));

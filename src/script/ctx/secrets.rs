@@ -204,6 +204,7 @@ mod tests {
         assert_eq!(calls[2], "exec [\"cat\"] {} stdin=Some(\"[s3cr3ts3cr3t]\")");
     }
 
+    /// P11
     #[test]
     fn a_secret_cannot_get_where_it_could_be_read() {
         let rows = [

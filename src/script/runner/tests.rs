@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::*;
 use crate::script::{
     HookErrorKind::{BadReturn, Busy, Cancelled, Deadline, Failed, Panicked, Threw},
+    SourceFile, compile,
     testing::{FakeHost, Trial, facts},
 };
 
@@ -16,6 +17,7 @@ fn short(hook: Hook) -> Trial {
     Trial { spec: format!("timeouts: #{{ {hook}: 250 }}"), ..Trial::of(hook) }
 }
 
+/// P6, P9: whatever a script does, its hook ends, and the error says where.
 #[test]
 fn bombs_end_with_an_error_that_says_where() {
     // Body, kind, fragment, line (bodies begin at line 4).
@@ -79,6 +81,34 @@ fn bombs_end_with_an_error_that_says_where() {
     }
 }
 
+/// A stack that overflows would end the process, and this test with it.
+#[test]
+fn the_deepest_recursion_of_the_deepest_expressions_fits_the_stack() {
+    let body = |open: &str, close: &str, depth: usize| {
+        format!("f(1)\n}}\nfn f(n) {{ {}f(n + 1){}", open.repeat(depth), close.repeat(depth))
+    };
+    let deepest = |open: &str, close: &str| {
+        let parses = |depth: &usize| {
+            let text = format!("fn g() {{ {} }}", body(open, close, *depth));
+            compile::on_big_stack(|| compile::parse(&SourceFile::new("g", text)).is_ok()).unwrap()
+        };
+        body(open, close, (1..64).rev().find(parses).expect("the flattest parses"))
+    };
+    let bodies = [
+        deepest("[", "]"),
+        deepest("(1 + ", ")"),
+        deepest("if true { ", " }"),
+        deepest("`${", "}`"),
+        deepest("[1].map(|x| ", ")"),
+        deepest("#{ a: ", " }"),
+    ];
+    for body in bodies {
+        let error = short(Hook::BeforeClaim).run(&body).expect_err(&body);
+        assert!(error.diagnostic.message.contains("32 deep"), "{body}: {error}");
+    }
+}
+
+/// P6, P9: a host call does not outlive its hook, nor does its panic.
 #[test]
 fn host_calls_end_with_the_hook() {
     // Body, kind, fragment, whether the place is the host call's.
