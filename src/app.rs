@@ -285,7 +285,8 @@ pub async fn serve(config: Config) -> Result<(), Error> {
     node.tasks.spawn("probe store", check_store(Arc::clone(&node.upkeep.store), node.tenancy.clone()));
     node.start_upkeep().await?;
     info!(%address, instance, version = env!("CARGO_PKG_VERSION"), "listening");
-    let router = api::router(ApiState::new(node.tenancy.clone(), auth, metrics_text(&node)));
+    let text = metrics_text(&node);
+    let router = api::router(ApiState::new(node.tenancy.clone(), auth, Arc::clone(&node.metrics), text));
     node.tasks.spawn("api", api::serve(listener, router, node.tasks.draining()));
     wait_for_signal().await;
     info!("draining; a second signal aborts");

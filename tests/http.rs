@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{net::SocketAddr, os::unix::fs::PermissionsExt, process::Command, time::Duration};
+use std::{net::SocketAddr, os::unix::fs::PermissionsExt, process::Command, sync::Arc, time::Duration};
 
 use boilerhouse::{
     api::{self, ApiState, Auth, RouteScope},
@@ -63,7 +63,8 @@ impl Server {
     async fn start(auth: Auth) -> Self {
         let world = World::new(&[("worker", WORKER)]);
         let node = world.start().await;
-        let state = ApiState::new(node.node.tenancy.clone(), auth, || "# EOF\n".to_owned());
+        let (metrics, written) = (Arc::clone(&node.node.metrics), Arc::clone(&node.node.metrics));
+        let state = ApiState::new(node.node.tenancy.clone(), auth, metrics, move || written.encode(&[]));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
@@ -132,6 +133,39 @@ async fn every_answer_has_an_id_and_is_not_cached() {
 }
 
 /// Each route × each class of token × own and other tenant, through the real router.
+/// Every answer is counted, refused ones too; a label never holds what a client made up.
+#[tokio::test]
+async fn requests_are_counted_by_route_method_and_status() {
+    let server = Server::start(Auth::loopback()).await;
+    for (method, path) in [
+        ("GET", "/healthz"),
+        ("GET", "/api/v1/healthz"),
+        ("GET", "/tenants/alice/status"),
+        ("GET", "/tenants/bob/status"),
+        ("GET", "/tenants/alice/claim"),
+        ("GET", "/tenants/-/status"),
+        ("GET", "/made-up-7"),
+        ("BREW", "/made-up-8"),
+    ] {
+        server.request(method, path).send().await.unwrap();
+    }
+    server.request("GET", "/pools").header("host", "evil.example").send().await.unwrap();
+    let text = server.request("GET", "/metrics").send().await.unwrap().text().await.unwrap();
+    for line in [
+        r#"{route="/healthz",method="GET",status="200"} 2"#,
+        r#"{route="/tenants/{tenant}/status",method="GET",status="200"} 2"#,
+        r#"{route="/tenants/{tenant}/status",method="GET",status="422"} 1"#,
+        r#"{route="/tenants/{tenant}/claim",method="GET",status="405"} 1"#,
+        r#"{route="/pools",method="GET",status="403"} 1"#,
+        r#"{route="unmatched",method="GET",status="404"} 1"#,
+        r#"{route="unmatched",method="other",status="404"} 1"#,
+    ] {
+        let line = format!("boilerhouse_http_requests_total{line}");
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+    }
+    assert!(!text.contains("made-up") && !text.contains("alice"), "{text}");
+}
+
 #[tokio::test]
 async fn no_route_is_reached_without_the_scope_for_it() {
     let server = Server::start(tokens()).await;

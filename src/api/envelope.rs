@@ -1,10 +1,10 @@
-//! What surrounds every request: its id, its span, its deadline, and what
-//! happens when answering it panics.
+//! What surrounds every request: its id, its span, its deadline, its count, and
+//! what happens when answering it panics.
 
-use std::{panic::AssertUnwindSafe, time::Duration};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use axum::{
-    extract::{Request, State},
+    extract::{MatchedPath, Request, State},
     http::{HeaderName, HeaderValue, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
@@ -12,8 +12,11 @@ use axum::{
 use futures_util::FutureExt;
 use tracing::Instrument;
 
-use super::Problem;
-use crate::clock::{SharedClock, random_hex};
+use super::{PREFIX, Problem};
+use crate::{
+    clock::{SharedClock, random_hex},
+    telemetry::Metrics,
+};
 
 /// How long one request may take at most. Tenancy's own deadlines are far
 /// shorter; this one only keeps a mistake of ours from holding a connection.
@@ -21,10 +24,24 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(600);
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// What the envelope works with.
+#[derive(Clone)]
+pub(super) struct Surroundings {
+    /// Makes request ids.
+    pub(super) clock: SharedClock,
+    /// Counts requests.
+    pub(super) metrics: Arc<Metrics>,
+}
+
 /// Gives a request its id and span, answers for it when it panics or takes too
-/// long, and logs it once.
-pub(super) async fn envelope(State(clock): State<SharedClock>, mut request: Request, next: Next) -> Response {
-    let id = request_id(request.headers().get(&REQUEST_ID)).unwrap_or_else(|| made_id(&*clock));
+/// long, and logs and counts it once.
+pub(super) async fn envelope(
+    State(around): State<Surroundings>,
+    path: Option<MatchedPath>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let id = request_id(request.headers().get(&REQUEST_ID)).unwrap_or_else(|| made_id(&*around.clock));
     // For whoever handles the request: one value, no second header beside it.
     request.headers_mut().insert(REQUEST_ID, id.clone());
     let id_text = id.to_str().unwrap_or_default().to_owned();
@@ -37,6 +54,7 @@ pub(super) async fn envelope(State(clock): State<SharedClock>, mut request: Requ
         caller = tracing::field::Empty,
     );
     let changes = !request.method().is_safe();
+    let method = request.method().clone();
     let work = async {
         let started = tokio::time::Instant::now();
         let answer =
@@ -67,6 +85,9 @@ pub(super) async fn envelope(State(clock): State<SharedClock>, mut request: Requ
         response
     };
     let mut response = work.instrument(span).await;
+    // The pattern, never the path: a label has a bounded number of values.
+    let route = path.as_ref().map(|path| path.as_str().strip_prefix(PREFIX).unwrap_or(path.as_str()));
+    around.metrics.http_request(route, method.as_str(), response.status().as_u16());
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, id);
     // An answer may hold what a hook chose to show, a secret among it.

@@ -13,13 +13,14 @@ use tokio::sync::Semaphore;
 
 use super::{
     Auth, PREFIX, Problem,
-    envelope::envelope,
+    envelope::{Surroundings, envelope},
     guard::{Gate, guard},
     handlers::handler,
     origin, routes,
 };
 use crate::{
     clock::{SharedClock, SystemClock},
+    telemetry::Metrics,
     tenancy::Tenancy,
 };
 
@@ -39,15 +40,22 @@ pub struct ApiState {
     pub(super) auth: Arc<Auth>,
     /// Gives what `/metrics` answers.
     pub(super) metrics: MetricsText,
-    /// Makes request ids.
-    pub(super) clock: SharedClock,
+    /// Gives requests their ids and counts them.
+    around: Surroundings,
 }
 
 impl ApiState {
-    /// Puts together what the API works with; `metrics` gives the text of
-    /// `/metrics` each time it is called.
-    pub fn new(tenancy: Tenancy, auth: Auth, metrics: impl Fn() -> String + Send + Sync + 'static) -> Self {
-        Self { tenancy, auth: Arc::new(auth), metrics: Arc::new(metrics), clock: Arc::new(SystemClock) }
+    /// Puts together what the API works with. Requests are counted in `metrics`;
+    /// `text` gives the text of `/metrics` each time it is called.
+    pub fn new(
+        tenancy: Tenancy,
+        auth: Auth,
+        metrics: Arc<Metrics>,
+        text: impl Fn() -> String + Send + Sync + 'static,
+    ) -> Self {
+        let clock: SharedClock = Arc::new(SystemClock);
+        let around = Surroundings { clock, metrics };
+        Self { tenancy, auth: Arc::new(auth), metrics: Arc::new(text), around }
     }
 }
 
@@ -62,17 +70,17 @@ pub fn router(state: ApiState) -> Router {
             router = router.route(&format!("{prefix}{}", route.path), guarded);
         }
     }
-    let (auth, clock) = (Arc::clone(&state.auth), Arc::clone(&state.clock));
-    enclose(router.with_state(state), auth, clock)
+    let (auth, around) = (Arc::clone(&state.auth), state.around.clone());
+    enclose(router.with_state(state), auth, around)
 }
 
 /// Adds what holds for every request, whether its route is known or not.
-fn enclose(router: Router, auth: Arc<Auth>, clock: SharedClock) -> Router {
+fn enclose(router: Router, auth: Arc<Auth>, around: Surroundings) -> Router {
     router
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(auth, local_only))
-        .layer(from_fn_with_state(clock, envelope))
+        .layer(from_fn_with_state(around, envelope))
 }
 
 /// Without tokens, lets only this machine's own requests through.
@@ -144,8 +152,8 @@ mod tests {
                 }),
             )
             .route("/good", get(|| async { "fine" }));
-        let service =
-            TowerToHyperService::new(enclose(routes, Arc::new(Auth::loopback()), Arc::new(SystemClock)));
+        let around = Surroundings { clock: Arc::new(SystemClock), metrics: Arc::default() };
+        let service = TowerToHyperService::new(enclose(routes, Arc::new(Auth::loopback()), around));
         let ask = |path: &str| {
             let request = Request::get(path).header("host", "localhost").header("x-request-id", "r-1");
             service.call(request.body(Body::empty()).unwrap())
