@@ -1,5 +1,6 @@
 //! Logging and metrics.
 
+mod json;
 mod logging;
 mod metrics;
 

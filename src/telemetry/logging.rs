@@ -2,7 +2,9 @@
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::{EnvFilter, filter::ParseError};
+use tracing_subscriber::{EnvFilter, filter::ParseError, fmt::format::JsonFields};
+
+use super::json::JsonLines;
 
 /// What is logged when `RUST_LOG` is not set.
 pub const DEFAULT_FILTER: &str = "warn,boilerhouse=info";
@@ -21,7 +23,7 @@ pub enum LogFormat {
 pub enum LoggingError {
     /// The filter is no filter.
     #[error(
-        "RUST_LOG: {given:?} is no filter; allowed: directives such as info or boilerhouse=debug, divided by commas"
+        "{given:?} is no filter; allowed: directives such as info or boilerhouse=debug, divided by commas"
     )]
     Filter {
         /// What was given.
@@ -53,7 +55,7 @@ pub fn init_logging(format: LogFormat, filter: Option<&str>) -> Result<(), Loggi
     let filter = parsed(filter)?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let result = match format {
-        LogFormat::Json => builder.json().flatten_event(true).with_ansi(false).try_init(),
+        LogFormat::Json => builder.fmt_fields(JsonFields::new()).event_format(JsonLines).try_init(),
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),
     };
     result.map_err(|_| LoggingError::Already)
@@ -71,7 +73,7 @@ mod tests {
     #[test]
     fn a_bad_filter_is_refused_by_name() {
         let error = parsed(Some("boilerhouse=loudly")).unwrap_err().to_string();
-        assert!(error.contains("RUST_LOG: \"boilerhouse=loudly\" is no filter; allowed:"), "{error}");
+        assert!(error.contains("\"boilerhouse=loudly\" is no filter; allowed:"), "{error}");
     }
 
     #[test]

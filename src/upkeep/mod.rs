@@ -24,6 +24,7 @@ use crate::{
     retry::Backoff,
     runtime::{ContainerStatus, EventKind, SharedRuntime},
     store::SharedStore,
+    telemetry::chain,
     tenancy::Tenancy,
 };
 
@@ -134,9 +135,9 @@ impl Upkeep {
     /// Looks whether engine and store answer, and says so to `/readyz`.
     pub async fn look_at_health(&self) {
         let engine = self.runtime.probe().await;
-        self.tenancy.set_health("engine", engine.err().map(|error| error.to_string()));
+        self.tenancy.set_health("engine", engine.err().map(|error| chain(&error)));
         let store = self.store.list("t/", None, 1).await;
-        self.tenancy.set_health("store", store.err().map(|error| error.to_string()));
+        self.tenancy.set_health("store", store.err().map(|error| chain(&error)));
     }
 
     async fn listen(&self) {
