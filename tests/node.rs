@@ -674,3 +674,17 @@ async fn crash_once(point: &str, nth: u32) -> Result<(), String> {
     assert_eq!(INSTANCE, "test");
     Ok(())
 }
+
+/// A node whose engine never answered has nothing under way, so nothing holds its end up.
+#[tokio::test]
+async fn a_node_that_waits_for_its_engine_stops_when_told() {
+    let world = World::new(&[("worker", WORKER)]);
+    world.runtime.set_down(true);
+    let node = world.launch();
+    let looked = || {
+        let readiness = node.node.tenancy.readiness();
+        readiness.status == "starting" && readiness.reasons.iter().any(|reason| reason.starts_with("engine:"))
+    };
+    wait_for("the engine's failure is noticed", looked).await;
+    tokio::time::timeout(Duration::from_secs(20), node.stop()).await.expect("the node stops");
+}

@@ -22,7 +22,6 @@ use super::{
     sync::{SYNCS_AT_ONCE, unpause},
 };
 use crate::{
-    clock::SharedClock,
     crash_point,
     journal::{ClaimRow, Durability, Loaded, Op, SlotRow, TreeRow},
     model::{
@@ -209,10 +208,11 @@ impl Tenancy {
     }
 
     /// Finishes or undoes everything that was under way, opens the pools, and
-    /// then serves. Waits for the engine for as long as it takes.
+    /// then serves. Waits for the engine for as long as it takes; when the node is
+    /// told to stop meanwhile, nothing has been touched and the next start adopts.
     pub async fn adopt(&self, loaded: Loaded, boot_id: &str, store: &str) {
         let inner = &self.inner;
-        let observed = self.look(&inner.parts.clock.clone()).await;
+        let Some(observed) = self.look().await else { return };
         let mut survey_attempt = 0;
         let survey = loop {
             match inner.parts.files.survey().await {
@@ -223,7 +223,9 @@ impl Tenancy {
                         error = &error as &dyn std::error::Error,
                         "directories cannot be read; nothing is adopted yet"
                     );
-                    tokio::time::sleep(LOOK.wait(survey_attempt, &*inner.parts.clock)).await;
+                    if !self.wait_to_look(survey_attempt).await {
+                        return;
+                    }
                     survey_attempt += 1;
                 }
             }
@@ -262,13 +264,14 @@ impl Tenancy {
         info!("serving");
     }
 
-    async fn look(&self, clock: &SharedClock) -> Vec<Observed> {
+    /// Lists the engine's containers, or `None` when the node is told to stop first.
+    async fn look(&self) -> Option<Vec<Observed>> {
         let mut attempt = 0;
         loop {
             match self.inner.parts.runtime.list(&self.inner.parts.instance).await {
                 Ok(observed) => {
                     self.set_health("engine", None);
-                    return observed;
+                    return Some(observed);
                 }
                 Err(error) => {
                     self.set_health("engine", Some(answer::chain(&error)));
@@ -276,11 +279,21 @@ impl Tenancy {
                         error = &error as &dyn std::error::Error,
                         "engine does not answer; nothing is adopted yet"
                     );
-                    tokio::time::sleep(LOOK.wait(attempt, &**clock)).await;
+                    if !self.wait_to_look(attempt).await {
+                        return None;
+                    }
                     attempt += 1;
                 }
             }
         }
+    }
+
+    /// Waits before the next look; returns whether there is to be one.
+    async fn wait_to_look(&self, attempt: u32) -> bool {
+        let parts = &self.inner.parts;
+        let draining = parts.tasks.draining();
+        let wait = tokio::time::sleep(LOOK.wait(attempt, &*parts.clock));
+        draining.run_until_cancelled(wait).await.is_some()
     }
 }
 
