@@ -26,7 +26,7 @@ use crate::{
         local::LocalStore,
         s3::{Limits, S3Store},
     },
-    telemetry::{Metrics, PoolSample},
+    telemetry::{Metrics, PoolSample, chain},
     tenancy::{Parts, Tenancy},
     upkeep::Upkeep,
 };
@@ -384,7 +384,7 @@ async fn check_store(store: SharedStore, tenancy: Tenancy) {
             error = &error as &dyn std::error::Error,
             "store does not work yet; claims that need it fail until it does"
         );
-        tenancy.set_health("store", Some(error.to_string()));
+        tenancy.set_health("store", Some(chain(&error)));
     }
 }
 

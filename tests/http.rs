@@ -40,7 +40,7 @@ struct Server {
     task: JoinHandle<()>,
     http: reqwest::Client,
     /// What carries out the requests.
-    _node: (TestNode, World),
+    of: (TestNode, World),
 }
 
 /// The only workload of these tests' node.
@@ -63,6 +63,11 @@ impl Server {
     async fn start(auth: Auth) -> Self {
         let world = World::new(&[("worker", WORKER)]);
         let node = world.start().await;
+        Self::serve(auth, node, world).await
+    }
+
+    /// Serves a node that may not have started yet.
+    async fn serve(auth: Auth, node: TestNode, world: World) -> Self {
         let (metrics, written) = (Arc::clone(&node.node.metrics), Arc::clone(&node.node.metrics));
         let state = ApiState::new(node.node.tenancy.clone(), auth, metrics, move || written.encode(&[]));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -70,7 +75,7 @@ impl Server {
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(api::serve(listener, api::router(state), shutdown.clone()));
         let http = reqwest::Client::builder().no_proxy().timeout(LIMIT).build().unwrap();
-        Self { address, shutdown, task, http, _node: (node, world) }
+        Self { address, shutdown, task, http, of: (node, world) }
     }
 
     fn url(&self, path: &str) -> String {
@@ -164,6 +169,53 @@ async fn requests_are_counted_by_route_method_and_status() {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }
     assert!(!text.contains("made-up") && !text.contains("alice"), "{text}");
+}
+
+/// While the engine does not answer, nothing is known of what survived: probes and
+/// tenants are told so, and a stop is not held up.
+#[tokio::test]
+async fn readiness_goes_from_starting_to_ready_and_degraded() {
+    let world = World::new(&[("worker", WORKER)]);
+    world.runtime.set_down(true);
+    let node = world.launch();
+    let server = Server::serve(tokens(), node, world).await;
+    let readyz = async |token: Option<&str>| {
+        let request = server.request("GET", "/readyz");
+        let request = if let Some(token) = token { request.bearer_auth(token) } else { request };
+        let response = request.send().await.unwrap();
+        (response.status().as_u16(), response.json::<Value>().await.unwrap())
+    };
+    let reason = async |part: &str| {
+        let (_, body) = readyz(Some(ADMIN)).await;
+        body["reasons"].as_array().unwrap().iter().any(|reason| reason.as_str().unwrap().starts_with(part))
+    };
+    let began = tokio::time::Instant::now();
+    while !reason("engine: container engine is unreachable: ").await {
+        assert!(began.elapsed() < LIMIT, "the engine's failure is not shown");
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(readyz(None).await, (503, json!({"status": "starting", "reasons": []})));
+    assert_eq!(readyz(Some(ALICE)).await.1["reasons"], json!([]));
+    for (method, path) in [
+        ("GET", "/tenants/alice/status"),
+        ("POST", "/tenants/alice/claim"),
+        ("POST", "/tenants/alice/release"),
+        ("POST", "/tenants/alice/touch"),
+        ("POST", "/tenants/alice/sync"),
+    ] {
+        let response = server.request(method, path).bearer_auth(ALICE).send().await.unwrap();
+        assert_eq!(response.headers()["retry-after"], "1", "{path}");
+        assert_eq!(problem(response, 503, "starting").await["retry_after_ms"], 1000);
+    }
+    let (node, world) = &server.of;
+    world.runtime.set_down(false);
+    support::node::wait_for("the node serves", || node.node.tenancy.readiness().status != "starting").await;
+    node.node.upkeep.look_at_health().await;
+    assert_eq!(readyz(Some(ADMIN)).await, (200, json!({"status": "ready", "reasons": []})));
+    world.runtime.set_down(true);
+    node.node.upkeep.look_at_health().await;
+    assert_eq!(readyz(None).await, (200, json!({"status": "degraded", "reasons": []})));
+    assert!(reason("engine: ").await);
 }
 
 #[tokio::test]

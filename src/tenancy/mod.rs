@@ -160,8 +160,10 @@ impl Tenancy {
     /// Returns the tenant's claims and newest snapshots.
     ///
     /// # Errors
-    /// None now.
+    /// [`Error::Starting`]: claims that survived are not known yet, and "no claim"
+    /// would be a guess.
     pub async fn status(&self, tenant: TenantId) -> Result<TenantStatus, Error> {
+        self.inner.check_started()?;
         Ok(self.inner.status(tenant))
     }
 
@@ -249,12 +251,12 @@ impl Tenancy {
 
     /// Returns whether requests can be served, and what does not work.
     pub fn readiness(&self) -> Readiness {
+        let health = self.inner.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reasons: Vec<_> = health.iter().map(|(part, reason)| format!("{part}: {reason}")).collect();
         if !self.inner.started.load(Ordering::Acquire) {
-            let reasons = vec!["taking over what survived the last stop".to_owned()];
+            reasons.insert(0, "taking over what survived the last stop".to_owned());
             return Readiness { status: "starting", reasons };
         }
-        let health = self.inner.health.lock().unwrap_or_else(PoisonError::into_inner);
-        let reasons: Vec<_> = health.iter().map(|(part, reason)| format!("{part}: {reason}")).collect();
         Readiness { status: if reasons.is_empty() { "ready" } else { "degraded" }, reasons }
     }
 
@@ -291,6 +293,10 @@ impl Inner {
         if self.parts.tasks.draining().is_cancelled() {
             return Err(Error::ShuttingDown);
         }
+        self.check_started()
+    }
+
+    fn check_started(&self) -> Result<(), Error> {
         if !self.started.load(Ordering::Acquire) {
             return Err(Error::Starting { retry_after_ms: RETRY_AFTER_MS });
         }
