@@ -254,8 +254,11 @@ pub async fn serve(config: Config) -> Result<(), Error> {
         secrets_dir: config.secrets_dir.clone(),
         socket_dir: config.socket_dir.clone(),
     };
-    let files: SharedFiles =
-        Arc::new(HostFiles::open(dirs, Arc::clone(&store), Arc::clone(&clock)).map_err(Error::State)?);
+    let files = HostFiles::open(dirs, Arc::clone(&store), Arc::clone(&clock)).map_err(Error::State)?;
+    for warning in files.warnings() {
+        warn!(warning, "directories");
+    }
+    let files: SharedFiles = Arc::new(files);
     let (journal, loaded) = Journal::open(&config.state_dir.join("journal.db"), journal::Mode::Threaded)
         .map_err(Error::Journal)?;
     let runtime: SharedRuntime =

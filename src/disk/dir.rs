@@ -26,6 +26,8 @@ const MAX_CALL_PATH_BYTES: usize = 3_800;
 /// `openat2` may answer EAGAIN when a rename elsewhere races the lookup.
 const OPEN_ATTEMPTS: u32 = 64;
 const NAMES_BUFFER_BYTES: usize = 32 * 1024;
+/// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`.
+const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 
 const CONFINED: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
@@ -340,13 +342,14 @@ impl Dir {
         rustix::fs::syncfs(&self.fd).map_err(|errno| self.error("syncfs", b"", errno))
     }
 
-    /// Returns the magic number of the file system's type.
+    /// Returns whether the file system is in memory only, a tmpfs or ramfs: nothing of
+    /// it is written back to a disk.
     ///
     /// # Errors
     /// Whatever the kernel answers.
-    pub fn file_system_type(&self) -> Result<u64, Error> {
+    pub fn is_in_memory(&self) -> Result<bool, Error> {
         rustix::fs::fstatfs(&self.fd)
-            .map(|statfs| statfs.f_type as u64)
+            .map(|statfs| IN_MEMORY.contains(&(statfs.f_type as u64)))
             .map_err(|errno| self.error("statfs", b"", errno))
     }
 

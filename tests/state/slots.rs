@@ -1,11 +1,15 @@
 //! A slot's directories: who owns them when, what is listed, what is removed.
 
-use std::{collections::BTreeMap, os::unix::fs::PermissionsExt, sync::Arc};
+use std::{collections::BTreeMap, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
 use boilerhouse::{
+    clock::SystemClock,
     model::{Owner, Secret, spec::Volumes},
     runtime::plan::Mount,
-    state::{Error, FillFrom, SlotFiles, Survey, host::UNCLAIMED},
+    state::{
+        Error, FillFrom, SlotFiles, Survey,
+        host::{HostDirs, HostFiles, UNCLAIMED},
+    },
 };
 
 use crate::support::{
@@ -14,6 +18,28 @@ use crate::support::{
 
 fn node() -> Node {
     Node::new(&Arc::new(MemoryStore::default()))
+}
+
+/// Secrets on a disk are warned about, by the variable's name; on a tmpfs they are not.
+#[test]
+fn secrets_on_a_disk_are_warned_about() {
+    let shm = Path::new("/dev/shm");
+    for parent in [shm, Path::new(env!("CARGO_TARGET_TMPDIR")), &std::env::temp_dir()] {
+        let stat = std::process::Command::new("stat").args(["-f", "-c", "%T"]).arg(parent).output().unwrap();
+        let kind = String::from_utf8(stat.stdout).unwrap();
+        let is_in_memory = matches!(kind.trim(), "tmpfs" | "ramfs");
+        assert!(is_in_memory || parent != shm, "/dev/shm is a {kind}");
+        let (dir, state) = (tempfile::tempdir_in(parent).unwrap(), tempfile::tempdir().unwrap());
+        let dirs = HostDirs {
+            state_dir: state.path().join("state"),
+            secrets_dir: dir.path().join("secrets"),
+            socket_dir: state.path().join("sockets"),
+        };
+        let store = Arc::new(MemoryStore::default());
+        let warnings = HostFiles::open(dirs, store, Arc::new(SystemClock)).unwrap().warnings();
+        assert_eq!(warnings.is_empty(), is_in_memory, "{}: {warnings:?}", parent.display());
+        assert!(warnings.iter().all(|warning| warning.contains("BOILERHOUSE_SECRETS_DIR")), "{warnings:?}");
+    }
 }
 
 fn secrets(pairs: &[(&str, &str)]) -> BTreeMap<String, Secret> {

@@ -39,8 +39,6 @@ use super::{
 };
 
 const RACY_SECONDS: i64 = 2;
-/// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`.
-const WITHOUT_WRITEBACK: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// The checkpoints that have been begun and not dropped.
 #[derive(Default)]
@@ -142,7 +140,7 @@ impl Checkpoint {
         let tree = dir.ensure_dir(TREE)?;
         // The file system's own clock, which is the one that stamps the files.
         let now = dir.stat()?.changed;
-        let is_trusted = !WITHOUT_WRITEBACK.contains(&state.file_system_type()?)
+        let is_trusted = !state.is_in_memory()?
             && state
                 .sync_file_system()
                 .inspect_err(

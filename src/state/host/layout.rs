@@ -75,6 +75,21 @@ impl Layout {
         Ok(layout)
     }
 
+    /// Returns what works but should be better, for the log.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let path = &self.secrets_path;
+        match self.secrets.is_in_memory() {
+            Ok(true) => Vec::new(),
+            Ok(false) => vec![format!(
+                "BOILERHOUSE_SECRETS_DIR ({path}) is not on a tmpfs: tenants' secrets are written to a disk while \
+                 they are claimed; mount a tmpfs there, e.g. mount -t tmpfs -o mode=0711,size=64m tmpfs {path}"
+            )],
+            Err(error) => vec![format!(
+                "BOILERHOUSE_SECRETS_DIR ({path}): whether it is on a tmpfs cannot be found out: {error}"
+            )],
+        }
+    }
+
     /// Returns where a slot's state directory is.
     pub(super) fn state_path(&self, slot: &SlotId) -> String {
         format!("{}/slots/{slot}/state", self.state_path)

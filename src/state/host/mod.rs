@@ -122,6 +122,12 @@ impl HostFiles {
         Ok(Self { inner: Arc::new(inner), checkpoints: Arc::default() })
     }
 
+    /// Returns what works but should be better, for the log: secrets that could come
+    /// to lie on a disk.
+    pub fn warnings(&self) -> Vec<String> {
+        self.inner.layout.warnings()
+    }
+
     /// Runs file work on a blocking thread of `lane`.
     async fn run<T: Send + 'static>(
         &self,
