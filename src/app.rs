@@ -1,6 +1,11 @@
 //! Wires a node together, runs it, and takes it down in order.
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
@@ -100,6 +105,14 @@ pub enum Error {
     /// The workloads or scripts have errors; all of them.
     #[error("{0}")]
     Scripts(String),
+    /// A folder of scripts that the configuration names is not there.
+    #[error("{origin}: there is no folder {}", path.display())]
+    NoFolder {
+        /// The variable or the place in the file that names it.
+        origin: String,
+        /// What it names.
+        path: PathBuf,
+    },
     /// The journal cannot be opened.
     #[error("journal cannot be opened")]
     Journal(#[source] journal::Error),
@@ -314,12 +327,32 @@ pub fn load_options(config: &Config) -> LoadOptions {
     }
 }
 
+/// Checks that the folders of scripts are there where the configuration names them: a
+/// misspelt one would look like one without workloads. The defaults may be absent.
+///
+/// # Errors
+/// [`Error::NoFolder`].
+pub fn check_folders(config: &Config) -> Result<(), Error> {
+    for (key, path) in [("workloads_dir", &config.workloads_dir), ("scripts_dir", &config.scripts_dir)] {
+        let origin = config.origins.of(key);
+        if origin != "default" && !path.is_dir() {
+            return Err(Error::NoFolder { origin: origin.to_owned(), path: path.clone() });
+        }
+    }
+    Ok(())
+}
+
 fn load_workloads(config: &Config) -> Result<Set, Error> {
+    check_folders(config)?;
     let options = load_options(config);
     let render = |diagnostics: Vec<Diagnostic>| {
         Error::Scripts(diagnostics.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
     };
     let sources = Sources::read(&config.workloads_dir, &config.scripts_dir).map_err(render)?;
+    if sources.workloads.is_empty() {
+        let (folder, image) = (config.workloads_dir.display(), &config.default_image);
+        info!(%folder, image, "no workload files; the built-in workload `default` is served");
+    }
     Set::load(&sources, &options).map_err(render)
 }
 

@@ -126,6 +126,19 @@ impl Config {
         load::load(environment.into_iter().map(|(name, value)| (name.into(), value.into())))
     }
 
+    /// Checks the names of an environment's `BOILERHOUSE_*` variables, for the client
+    /// commands: what they would not read because it is misspelt must not be ignored.
+    ///
+    /// # Errors
+    /// [`ConfigErrors`] names each unknown variable and the allowed ones.
+    pub fn check_names<N, V>(environment: impl IntoIterator<Item = (N, V)>) -> Result<(), ConfigErrors>
+    where
+        N: Into<OsString>,
+        V: Into<OsString>,
+    {
+        load::check_names(environment.into_iter().map(|(name, value)| (name.into(), value.into())))
+    }
+
     /// Writes what is in force as a RON file that can be loaded again, with a
     /// comment at each setting that says where it came from. Secrets are left
     /// out, with a comment in their place.

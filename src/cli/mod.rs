@@ -21,7 +21,7 @@ use std::{
 
 use clap::Parser;
 
-use crate::{client, model::Secret};
+use crate::{client, config::Config, model::Secret};
 pub use args::Cli;
 use args::Command;
 use table::printable;
@@ -84,6 +84,10 @@ pub fn main() -> ExitCode {
 
 /// Runs one command and returns what to print.
 fn run(cli: Cli, token: Option<&Secret>) -> Result<String, Failure> {
+    // Those of the server's side check the values as well.
+    if !matches!(cli.command, Command::Serve | Command::Check(_) | Command::Config) {
+        Config::check_names(std::env::vars_os()).map_err(|errors| Failure::Process(errors.to_string()))?;
+    }
     match cli.command {
         Command::Serve => server::serve().map(|()| String::new()),
         Command::Check(arguments) => server::check(&arguments),

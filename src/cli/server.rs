@@ -34,6 +34,7 @@ pub(super) fn serve() -> Result<(), Failure> {
 /// Checks workload files and returns the findings; an error among them is a failure.
 pub(super) fn check(arguments: &CheckArgs) -> Result<String, Failure> {
     let config = load()?;
+    app::check_folders(&config).map_err(|error| Failure::Process(error.to_string()))?;
     let options = app::load_options(&config);
     let findings = script::check(&arguments.files, &config.workloads_dir, &config.scripts_dir, &options);
     let text = if arguments.json {

@@ -59,6 +59,15 @@ pub(super) fn load(environment: impl Iterator<Item = (OsString, OsString)>) -> R
     if loader.errors.is_empty() { Ok(loader.draft.config) } else { Err(ConfigErrors(loader.errors)) }
 }
 
+/// Checks the names of the variables only, for commands that need no configuration.
+pub(super) fn check_names(
+    environment: impl Iterator<Item = (OsString, OsString)>,
+) -> Result<(), ConfigErrors> {
+    let mut loader = Loader { draft: Draft::new(), errors: Vec::new(), failed: BTreeSet::new() };
+    loader.variables(environment);
+    if loader.errors.is_empty() { Ok(()) } else { Err(ConfigErrors(loader.errors)) }
+}
+
 // === impl Loader ===
 
 impl Loader {

@@ -35,7 +35,10 @@ fn line(config: &Config, setting: &Setting, name: &str) -> String {
     // The name of a file may hold anything; a line break would end the comment.
     let origin = config.origins.of(setting.key).escape_debug().to_string();
     match ((setting.show)(config), setting.kind) {
-        (None, _) => format!("// {name}: not set ({})", setting.variable),
+        (None, _) => {
+            let variables: Vec<_> = setting.variables().collect();
+            format!("// {name}: not set ({})", variables.join(" or "))
+        }
         (Some(_), Kind::Secret) => format!("// {name}: \"***\", {origin}"),
         (Some(value), Kind::Number) => format!("{name}: {value}, // {origin}"),
         (Some(value), Kind::Text) => format!("{name}: {}, // {origin}", quoted(&value)),
