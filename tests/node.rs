@@ -688,3 +688,34 @@ async fn a_node_that_waits_for_its_engine_stops_when_told() {
     wait_for("the engine's failure is noticed", looked).await;
     tokio::time::timeout(Duration::from_secs(20), node.stop()).await.expect("the node stops");
 }
+
+/// What somebody removed from the cache is taken from the store again. What only the
+/// cache had is not: it stays unsaved, loudly.
+#[tokio::test]
+async fn a_cached_tree_that_somebody_removed_comes_from_the_store() {
+    let world = World::new(&[("worker", WORKER)]);
+    let node = world.start().await;
+    let claim = node.claim("acme").await.unwrap();
+    node.write(&claim, "notes", "kept");
+    durable(&node, "acme").await;
+    let remove_cache = || {
+        for tree in std::fs::read_dir(world.dir.path().join("states/cache")).unwrap() {
+            std::fs::remove_dir_all(tree.unwrap().path()).unwrap();
+        }
+    };
+    remove_cache();
+    let error = node.claim("acme").await.unwrap_err();
+    assert_eq!(error.code(), "internal", "{error:?}");
+    let claim = node.claim("acme").await.unwrap();
+    assert_eq!(node.read(&claim, "notes").as_deref(), Some("kept"));
+    assert_eq!(claim.state.source, StateSource::Store);
+
+    node.write(&claim, "notes", "newer");
+    world.store.set_down(true);
+    assert_eq!(node.release("acme").await.unwrap().state, ReleaseState::Pending);
+    remove_cache();
+    world.store.set_down(false);
+    let error = node.claim("acme").await.unwrap_err();
+    assert_eq!(error.code(), "internal", "an older state is not passed off as the last: {error:?}");
+    node.claim("acme").await.unwrap_err();
+}

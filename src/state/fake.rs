@@ -285,13 +285,14 @@ impl SlotFiles for FakeFiles {
 
     async fn capture(&self, slot: &SlotId, key: &Key) -> Result<Captured, Error> {
         self.call("capture", |node| {
+            let is_cached = node.cache.contains_key(key);
             let found = node.slot(slot)?;
             if found.volumes.state.is_none() {
-                return Ok(Captured { handed_over: false });
+                return Ok(Captured { handed_over: false, is_cached });
             }
             if found.owner.as_ref().is_none_or(|(owner, _)| owner != key) {
                 return if found.tree.is_empty() {
-                    Ok(Captured { handed_over: false })
+                    Ok(Captured { handed_over: false, is_cached })
                 } else {
                     Err(Error::NotEmpty { slot: slot.clone() })
                 };
@@ -301,7 +302,7 @@ impl SlotFiles for FakeFiles {
                 node.cache.entry(key.clone()).or_default().extend(tree);
             }
             // A fill of this fake is one step: it has ended or not begun.
-            Ok(Captured { handed_over: true })
+            Ok(Captured { handed_over: true, is_cached: node.cache.contains_key(key) })
         })
     }
 

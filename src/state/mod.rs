@@ -158,6 +158,9 @@ pub struct Captured {
     /// only then a program can have written to it. Says nothing for a tree that was
     /// filled from the cache, which is whole in any case.
     pub handed_over: bool,
+    /// Whether the tenant's tree is in the cache now. It is not when there was none to
+    /// capture, or when somebody removed it from the disk.
+    pub is_cached: bool,
 }
 
 /// Names the copy of a checkpoint.

@@ -86,7 +86,7 @@ impl Inner {
             Ok(epoch) = journaled, if wait == ReleaseWait::Accepted => {
                 return Ok(pending(Some(epoch), "accepted".to_owned()));
             }
-            () = &mut late => return Ok(pending(None, "the container is not stopped yet".to_owned())),
+            () = &mut late => return Ok(pending(None, "the container is not stopped or its state not taken out yet".to_owned())),
         };
         let Some(Local { epoch, unsaved }) = local else {
             return Ok(ReleaseAnswer { state: ReleaseState::NotClaimed, ..answer::release(key, None, None) });
@@ -270,7 +270,19 @@ impl Inner {
             self.settle_without_save(key, entry, row).await;
             return None;
         }
+        if !whole && !captured.is_cached && self.is_saved(key, entry) {
+            // Somebody removed the cached tree; the store has just what it was. Without
+            // this the tenant would for ever be saving a tree that is not there.
+            error!(tenant = %key.tenant, workload = %key.workload, "cached tree is gone from disk; the next claim takes the store's snapshot");
+            self.settle_without_save(key, entry, row).await;
+            return None;
+        }
         Some(self.journal_dirty(key, entry, live, row).await)
+    }
+
+    /// Returns whether the store has a tenant's state as this node last had it.
+    fn is_saved(&self, key: &Key, entry: &Entry) -> bool {
+        entry.unsaved().is_empty() && self.trees.get(key).is_some_and(|tree| tree.saved.is_some())
     }
 
     /// Journals DIRTY, hard: from now on this node has the only copy.

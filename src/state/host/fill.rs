@@ -227,12 +227,12 @@ impl Inner {
     pub(super) fn capture(&self, slot: &SlotId, key: &Key) -> Result<Captured, Error> {
         let slot_dir = self.slot_dir(slot)?;
         let Some(state) = slot_dir.open_dir(STATE).optional()? else {
-            return Ok(Captured { handed_over: false });
+            return Ok(Captured { handed_over: false, is_cached: self.cached_tree(key)?.is_some() });
         };
         if !OwnerNote::read(&slot_dir)?.is_some_and(|note| note.is_of(key)) {
             // Never filled for this key, or for nobody: there is nothing of it here.
             return if state.is_empty()? {
-                Ok(Captured { handed_over: false })
+                Ok(Captured { handed_over: false, is_cached: self.cached_tree(key)?.is_some() })
             } else {
                 Err(Error::NotEmpty { slot: slot.clone() })
             };
@@ -255,7 +255,7 @@ impl Inner {
                 Some(dir) => super::restore::restored_from(dir)?.is_none(),
                 None => false,
             };
-            return Ok(Captured { handed_over });
+            return Ok(Captured { handed_over, is_cached: self.cached_tree(key)?.is_some() });
         }
         let dir = self.take_shell(key, &slot_dir)?;
         let tree = dir.ensure_dir(TREE)?;
@@ -266,7 +266,7 @@ impl Inner {
         move_entries(&state, &tree)?;
         tree.set_modified(root.modified)?;
         close(&state)?;
-        Ok(Captured { handed_over: true })
+        Ok(Captured { handed_over: true, is_cached: true })
     }
 
     /// Returns whether a capture moves so little that changing threads costs more.
