@@ -719,3 +719,23 @@ async fn a_cached_tree_that_somebody_removed_comes_from_the_store() {
     assert_eq!(error.code(), "internal", "an older state is not passed off as the last: {error:?}");
     node.claim("acme").await.unwrap_err();
 }
+
+/// A tenant whose files outgrow `state_max_mb` is told so, keeps them, and can go on.
+#[tokio::test]
+async fn state_over_its_limit_is_kept_until_it_shrinks() {
+    let small = WORKER.replace("image: \"app:1\",", "image: \"app:1\", resources: #{ state_max_mb: 1 },");
+    assert_ne!(small, WORKER);
+    let world = World::new(&[("worker", &small)]);
+    let node = world.start().await;
+    let claim = node.claim("acme").await.unwrap();
+    node.write(&claim, "big", &"x".repeat(2 << 20));
+    let error = node.node.tenancy.sync(TenantId::new("acme").unwrap(), None).await.unwrap_err();
+    assert_eq!(error.code(), "state_over_limit", "{error:?}");
+    let answer = node.release("acme").await.unwrap();
+    assert_eq!(answer.state, ReleaseState::Pending);
+    assert!(answer.reason.as_deref().is_some_and(|reason| reason.contains("1048576")), "{answer:?}");
+    let claim = node.claim("acme").await.unwrap();
+    assert_eq!(node.read(&claim, "big").map(|text| text.len()), Some(2 << 20));
+    node.write(&claim, "big", "small");
+    durable(&node, "acme").await;
+}

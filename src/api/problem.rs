@@ -178,6 +178,7 @@ impl From<tenancy::Error> for Problem {
             E::StoreUnavailable { retry_after_ms, .. } => {
                 of(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable").retry_after_ms(retry_after_ms)
             }
+            E::StateOverLimit { .. } => of(StatusCode::UNPROCESSABLE_ENTITY, "state_over_limit"),
             E::StateDamaged { .. } => of(StatusCode::INTERNAL_SERVER_ERROR, "state_damaged"),
             E::Runtime { retry_after_ms, .. } => {
                 of(StatusCode::SERVICE_UNAVAILABLE, "runtime_unavailable").retry_after_ms(retry_after_ms)
@@ -245,6 +246,7 @@ mod tests {
                 "pool_exhausted",
             ),
             (E::StoreUnavailable { reason: reason(), retry_after_ms: 1 }, 503, "store_unavailable"),
+            (E::StateOverLimit { reason: reason() }, 422, "state_over_limit"),
             (E::StateDamaged { reason: reason() }, 500, "state_damaged"),
             (E::Runtime { reason: reason(), retry_after_ms: 1 }, 503, "runtime_unavailable"),
             (E::ActivationFailed { reason: reason() }, 500, "activation_failed"),

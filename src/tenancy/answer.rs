@@ -206,6 +206,7 @@ impl Error {
             Self::HookFailed { .. } => "hook_failed",
             Self::PoolExhausted { .. } => "pool_exhausted",
             Self::StoreUnavailable { .. } => "store_unavailable",
+            Self::StateOverLimit { .. } => "state_over_limit",
             Self::StateDamaged { .. } => "state_damaged",
             Self::Runtime { .. } => "runtime_unavailable",
             Self::NoMasterKey => "no_master_key",

@@ -492,7 +492,12 @@ impl Inner {
             state::Error::Fenced { .. } => {
                 Error::StateConflict { tenant: key.tenant.clone(), workload: key.workload.clone(), reason }
             }
-            state::Error::Damaged { .. } | state::Error::Limit { .. } => {
+            // The tenant's own doing, and the tenant's to mend.
+            state::Error::Limit { .. } => {
+                warn!(tenant = %key.tenant, workload = %key.workload, error = error as &dyn std::error::Error, "state is over its limit");
+                Error::StateOverLimit { reason }
+            }
+            state::Error::Damaged { .. } => {
                 tracing::error!(tenant = %key.tenant, workload = %key.workload, error = error as &dyn std::error::Error, "state cannot be used");
                 Error::StateDamaged { reason }
             }

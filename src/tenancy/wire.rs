@@ -341,6 +341,12 @@ pub enum Error {
         /// When to try again.
         retry_after_ms: u64,
     },
+    /// 422 `state_over_limit`
+    #[error("the tenant's state is not saved: {reason}")]
+    StateOverLimit {
+        /// Which limit of the workload, and what the state has.
+        reason: String,
+    },
     /// 500 `state_damaged`
     #[error("the tenant's state cannot be used: {reason}")]
     StateDamaged {
