@@ -739,3 +739,31 @@ async fn state_over_its_limit_is_kept_until_it_shrinks() {
     node.write(&claim, "big", "small");
     durable(&node, "acme").await;
 }
+
+/// A checkpoint has the container paused when the release comes: the hook still runs in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_during_a_sync_runs_its_hook() {
+    let script = with_hooks("fn before_release(ctx) { ctx.exec([\"farewell\"]); }");
+    let world = World::new(&[("worker", &script)]);
+    let heard = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let tell = Arc::clone(&heard);
+    world.runtime.on_exec(move |_, _| {
+        tell.store(true, std::sync::atomic::Ordering::SeqCst);
+        FakeExec::status(0)
+    });
+    let node = world.start().await;
+    let claim = claimed(&node, "acme").await;
+    world.runtime.set_latency(Operation::Unpause, Duration::from_millis(300));
+    let syncing = node.node.tenancy.sync(TenantId::new("acme").unwrap(), None);
+    let releasing = async {
+        let paused = || {
+            let all = world.runtime.all();
+            let found = all.iter().find(|container| container.id.0 == claim.container.id);
+            found.is_some_and(|found| found.status == boilerhouse::runtime::ContainerStatus::Paused)
+        };
+        wait_for("the checkpoint pauses", paused).await;
+        durable(&node, "acme").await;
+    };
+    let _ = tokio::join!(syncing, releasing);
+    assert!(heard.load(std::sync::atomic::Ordering::SeqCst), "the hook's command did not run");
+}

@@ -171,10 +171,15 @@ impl Inner {
     }
 
     async fn journal_end(&self, live: &Live, ending: Ending) -> Result<(), Error> {
-        let mut row = live.row();
-        if row.state == ClaimState::Releasing {
+        if live.row().state == ClaimState::Releasing {
             return Ok(());
         }
+        // A checkpoint that runs has the container paused, so that no hook could act in
+        // it, and would write its older view of the row over this one. After this none
+        // begins. The claim's own save follows: this one may as well be given up.
+        live.cancel_sync.cancel();
+        let _syncing = live.sync.lock().await;
+        let mut row = live.row();
         row.state =
             row.state.step(ClaimState::Releasing).map_err(|error| self.internal(&error, "claim step"))?;
         row.failed |= ending == Ending::Failed;
@@ -201,9 +206,6 @@ impl Inner {
         if ending == Ending::Released {
             self.act(key, live, Hook::BeforeRelease).await;
         }
-        // The claim's own save follows; a checkpoint's would only be in its way.
-        live.cancel_sync.cancel();
-        let _syncing = live.sync.lock().await;
         self.stop(live, ending).await;
         crash_point!(self.parts.crash, "release.stopped");
         if ending == Ending::Lost {
