@@ -2,7 +2,8 @@
 # Makes sure that what `make demo` or `make test` needs is there.
 #
 #   tools/setup.sh demo    Rust, a C compiler, curl, Docker (answering), busybox
-#   tools/setup.sh test    all of that, git, and Ceph's radosgw as a real S3 server
+#   tools/setup.sh test    all of that, git, Ceph's radosgw as a real S3 server, and
+#                          what the shipped workloads run (Redis, Python)
 #
 # As root on Debian or Ubuntu it installs what is missing and starts a Docker
 # daemon that does not answer. Anywhere else it names what is missing and exits
@@ -79,6 +80,11 @@ look() {
     { have radosgw && have radosgw-admin; } || want "radosgw" "radosgw, the S3 server of the tests"
     { have ceph-mon && have monmaptool; } || want "ceph-mon" "ceph-mon, for radosgw"
     have ceph-osd || want "ceph-osd" "ceph-osd, for radosgw"
+    # Paths of Debian: an interpreter from elsewhere need not be of one piece.
+    { [ -x /usr/bin/redis-check-rdb ] && [ -x /usr/bin/redis-cli ]; } ||
+      want "redis-tools" "/usr/bin/redis-check-rdb and redis-cli, for the shipped workload redis"
+    /usr/bin/python3 -I -S -c 'import http.server' >/dev/null 2>&1 ||
+      want "python3" "/usr/bin/python3 with http.server, for the shipped workload http-worker"
   fi
 }
 

@@ -46,7 +46,9 @@ pub async fn ensure_probe(docker: &Docker) {
     import(docker, PROBE, "USER app", &archive.await.expect("the probe compiles")).await;
 }
 
-async fn import(docker: &Docker, image: &str, change: &str, archive: &[u8]) {
+/// Imports an archive under a name, with a `Dockerfile`'s lines about its configuration,
+/// unless the engine has it.
+pub(super) async fn import(docker: &Docker, image: &str, change: &str, archive: &[u8]) {
     let content = blake3::hash(&[archive, change.as_bytes()].concat()).to_hex().to_string();
     if has(docker, image, &content).await {
         return;
@@ -92,43 +94,13 @@ fn lock() -> File {
 
 /// The root file system as a tar archive; the same bytes each time.
 fn archive(probe: Option<&Path>) -> Vec<u8> {
-    let busybox = BUSYBOX_PATHS.iter().map(PathBuf::from).find(|path| path.exists()).unwrap_or_else(|| {
-        panic!(
-            "these tests need a static busybox at one of {BUSYBOX_PATHS:?}: apt-get install busybox-static"
-        )
-    });
-    let applets = Command::new(&busybox).arg("--list").output().expect("busybox runs");
-    let applets = String::from_utf8(applets.stdout).expect("applets have plain names");
-    let mut root = Root(tar::Builder::new(Vec::new()));
-    for (directory, mode) in [
-        ("bin", 0o755),
-        ("etc", 0o755),
-        ("dev", 0o755),
-        ("proc", 0o755),
-        ("sys", 0o755),
-        ("run", 0o755),
-        ("root", 0o700),
-        ("tmp", 0o1777),
-    ] {
-        root.add(directory, tar::EntryType::Directory, mode, b"");
-    }
-    root.add("etc/passwd", tar::EntryType::Regular, 0o644, PASSWD.as_bytes());
-    root.add("etc/group", tar::EntryType::Regular, 0o644, GROUP.as_bytes());
-    root.add(
-        "bin/busybox",
-        tar::EntryType::Regular,
-        0o755,
-        &fs::read(&busybox).expect("busybox can be read"),
-    );
-    for applet in applets.lines().filter(|applet| *applet != "busybox" && !applet.contains('/')) {
-        root.link(&format!("bin/{applet}"), "busybox");
-    }
+    let mut root = Root::with_busybox(PASSWD, GROUP);
     if let Some(probe) = probe {
         let probe = fs::read(probe).expect("the probe was compiled");
         root.add("bin/probe", tar::EntryType::Regular, 0o755, &probe);
         root.add("bin/probe-suid", tar::EntryType::Regular, 0o4755, &probe);
     }
-    root.0.into_inner().expect("a vector takes every byte")
+    root.finish()
 }
 
 /// Compiles `probe.c`. It needs no C library, so the compiler that Rust links with is enough.
@@ -153,16 +125,58 @@ fn compile_probe() -> PathBuf {
     program
 }
 
-struct Root(tar::Builder<Vec<u8>>);
+/// A root file system in the making; entries belong to root and have no times.
+pub(super) struct Root(tar::Builder<Vec<u8>>);
 
 impl Root {
-    fn add(&mut self, path: &str, kind: tar::EntryType, mode: u32, content: &[u8]) {
+    /// Begins with busybox's applets in `/bin`, the usual directories and these accounts.
+    pub(super) fn with_busybox(passwd: &str, group: &str) -> Self {
+        let busybox = BUSYBOX_PATHS.iter().map(PathBuf::from).find(|path| path.exists()).unwrap_or_else(|| {
+            panic!(
+                "these tests need a static busybox at one of {BUSYBOX_PATHS:?}: apt-get install busybox-static"
+            )
+        });
+        let applets = Command::new(&busybox).arg("--list").output().expect("busybox runs");
+        let applets = String::from_utf8(applets.stdout).expect("applets have plain names");
+        let mut root = Self(tar::Builder::new(Vec::new()));
+        for (directory, mode) in [
+            ("bin", 0o755),
+            ("etc", 0o755),
+            ("dev", 0o755),
+            ("proc", 0o755),
+            ("sys", 0o755),
+            ("run", 0o755),
+            ("root", 0o700),
+            ("tmp", 0o1777),
+        ] {
+            root.add(directory, tar::EntryType::Directory, mode, b"");
+        }
+        root.add("etc/passwd", tar::EntryType::Regular, 0o644, passwd.as_bytes());
+        root.add("etc/group", tar::EntryType::Regular, 0o644, group.as_bytes());
+        root.add(
+            "bin/busybox",
+            tar::EntryType::Regular,
+            0o755,
+            &fs::read(&busybox).expect("busybox can be read"),
+        );
+        for applet in applets.lines().filter(|applet| *applet != "busybox" && !applet.contains('/')) {
+            root.link(&format!("bin/{applet}"), "busybox");
+        }
+        root
+    }
+
+    /// Returns the archive.
+    pub(super) fn finish(self) -> Vec<u8> {
+        self.0.into_inner().expect("a vector takes every byte")
+    }
+
+    pub(super) fn add(&mut self, path: &str, kind: tar::EntryType, mode: u32, content: &[u8]) {
         let mut header = Self::header(kind, mode);
         header.set_size(content.len() as u64);
         self.0.append_data(&mut header, path, content).expect("a vector takes every byte");
     }
 
-    fn link(&mut self, path: &str, target: &str) {
+    pub(super) fn link(&mut self, path: &str, target: &str) {
         let mut header = Self::header(tar::EntryType::Symlink, 0o777);
         self.0.append_link(&mut header, path, target).expect("a vector takes every byte");
     }
