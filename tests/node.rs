@@ -767,3 +767,38 @@ async fn a_release_during_a_sync_runs_its_hook() {
     let _ = tokio::join!(syncing, releasing);
     assert!(heard.load(std::sync::atomic::Ordering::SeqCst), "the hook's command did not run");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_waiting_claim_takes_a_slot_that_another_pool_has_only_later() {
+    let small = WORKER.replace("min_idle: 2", "min_idle: 1");
+    let other = small.replace("\"worker\"", "\"other\"").replace(
+        "pool:",
+        "health_check: #{ command: [\"check\"], interval_ms: 100, timeout_ms: 500, retries: 3 }, pool:",
+    );
+    let mut world = World::new(&[("worker", &small), ("other", &other)]);
+    world.max_containers = 2;
+    let world = world;
+    let sick = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let says = Arc::clone(&sick);
+    world
+        .runtime
+        .on_exec(move |_, _| FakeExec::status(i64::from(says.load(std::sync::atomic::Ordering::SeqCst))));
+    let node = Arc::new(world.start().await);
+    let pool = |workload: &str| {
+        let pools = node.node.tenancy.pools();
+        pools.into_iter().find(|pool| pool.workload == workload).expect("a pool")
+    };
+    wait_for("one slot is ready and one warming", || pool("worker").ready == 1 && pool("other").warming == 1)
+        .await;
+    let claim = |tenant: &'static str| {
+        let node = Arc::clone(&node);
+        let workload = Some("worker".parse().unwrap());
+        tokio::spawn(async move { node.claim_with(tenant, ClaimRequest { workload, ..request() }).await })
+    };
+    claim("first").await.unwrap().unwrap();
+    let second = claim("second");
+    wait_for("the second claim waits", || pool("worker").waiting == 1).await;
+    sick.store(false, std::sync::atomic::Ordering::SeqCst);
+    second.await.unwrap().unwrap();
+    assert!(world.runtime.peak() <= 2);
+}

@@ -29,6 +29,9 @@ const BATCH: usize = 64;
 /// The longest sleep without a look at the ledger.
 const LOOK_MS: u64 = 30_000;
 
+/// How long other pools have to give up a slot before they are asked again.
+const SPARE_AGAIN_MS: u64 = 200;
+
 /// A message to a pool's actor.
 pub(super) enum Command {
     /// A claim wants a slot.
@@ -63,6 +66,8 @@ struct Actor {
     cells: HashMap<SlotId, Cell>,
     replies: BTreeMap<WaiterId, oneshot::Sender<Result<Taken, Error>>>,
     spares_asked: u32,
+    /// When what was asked for counts as not given; none while nothing is asked for.
+    spare_again_ms: Option<u64>,
     number: usize,
 }
 
@@ -96,6 +101,7 @@ pub(super) fn spawn(
         cells: HashMap::new(),
         replies: BTreeMap::new(),
         spares_asked: 0,
+        spare_again_ms: None,
         number,
     };
     for slot in adopted {
@@ -115,7 +121,8 @@ impl Actor {
             self.plan(draining.is_cancelled());
             self.publish();
             let now_ms = self.now_ms();
-            let wake_ms = self.ledger.wake_at_ms(now_ms).map_or(LOOK_MS, |at| (at - now_ms).min(LOOK_MS));
+            let wake_at_ms = self.ledger.wake_at_ms(now_ms).into_iter().chain(self.spare_again_ms).min();
+            let wake_ms = wake_at_ms.map_or(LOOK_MS, |at| at.saturating_sub(now_ms).clamp(1, LOOK_MS));
             // Biased: commands first, they are what claims wait for.
             tokio::select! {
                 biased;
@@ -231,12 +238,27 @@ impl Actor {
         }
         let unmet = self.ledger.unmet();
         self.pools.parts.capacity.set_unmet(self.number, unmet);
-        self.spares_asked = self.spares_asked.min(unmet);
+        self.ask_for_spares(unmet);
+    }
+
+    /// Asks other pools for the slots that claims here lack. They are asked again while
+    /// the claims wait: whoever had nothing to give up may have something later.
+    fn ask_for_spares(&mut self, unmet: u32) {
         let capacity = &self.pools.parts.capacity;
-        while self.spares_asked < unmet && capacity.used() >= capacity.max() {
-            self.spares_asked += 1;
+        if unmet == 0 || capacity.used() < capacity.max() {
+            (self.spares_asked, self.spare_again_ms) = (0, None);
+            return;
+        }
+        let now_ms = self.now_ms();
+        if self.spare_again_ms.is_none_or(|at| at <= now_ms) {
+            // Slots that are on their way out are places to come.
+            self.spares_asked = self.pools.leaving();
+            self.spare_again_ms = Some(now_ms + SPARE_AGAIN_MS);
+        }
+        for _ in self.spares_asked..unmet {
             self.pools.spare(&self.workload.spec.id);
         }
+        self.spares_asked = self.spares_asked.max(unmet);
     }
 
     fn create(&mut self, demand: bool) {

@@ -245,6 +245,15 @@ impl Pools {
         }
     }
 
+    /// Counts the slots whose places will be free soon.
+    fn leaving(&self) -> u32 {
+        self.pools
+            .iter()
+            .map(|pool| pool.view.status.load())
+            .map(|status| status.releasing + status.retiring)
+            .sum()
+    }
+
     /// Asks the pool with the most ready slots, other than `of`, to give one up.
     fn spare(&self, of: &WorkloadId) {
         let donor = self
