@@ -149,8 +149,10 @@ fn decide(found: &Found<'_>) -> Decisions {
     }
     let digests: BTreeMap<String, &TreeRow> =
         found.trees.iter().filter(|tree| tree.cached).map(|tree| (tree.key.digest(), tree)).collect();
+    // A claim that was being filled from the store has a tree here that no row calls cached.
+    let filling: BTreeSet<String> = unsettled.iter().map(|key| key.digest()).collect();
     for digest in &found.survey.cached {
-        if !digests.contains_key(digest) {
+        if !digests.contains_key(digest) && !filling.contains(digest) {
             decisions.stray_trees.push(digest.clone());
         }
     }
@@ -526,5 +528,85 @@ fn made(row: &SlotRow) -> Made {
         name: row.name.clone(),
         address: row.address.clone(),
         run_as: row.run_as.unwrap_or(crate::model::Owner { uid: 0, gid: 0 }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ClaimSource, Epoch, Owner, SnapshotRef, StateSource, TenantId};
+
+    const RUN_AS: Owner = Owner { uid: 1_000, gid: 1_000 };
+
+    fn key() -> Key {
+        Key::new(TenantId::new("acme").unwrap(), WorkloadId::new("worker").unwrap())
+    }
+
+    fn claim(state: ClaimState) -> ClaimRow {
+        ClaimRow {
+            key: key(),
+            epoch: Epoch(2),
+            state,
+            slot: Some(SlotId::new("s1").unwrap()),
+            revision: Revision("r".to_owned()),
+            run_as: RUN_AS,
+            source: ClaimSource::Warm,
+            state_source: StateSource::Store,
+            snapshot: None,
+            nonce: None,
+            failed: false,
+            superseded_by: None,
+            detail: serde_json::Value::Null,
+            created_ms: 0,
+            active_ms: 0,
+        }
+    }
+
+    fn tree(cached: bool) -> TreeRow {
+        let saved = SnapshotRef {
+            number: 1,
+            epoch: Epoch(1),
+            nonce: "n".to_owned(),
+            manifest: "m".to_owned(),
+            created_ms: 0,
+            files: 1,
+            bytes: 1,
+        };
+        TreeRow { key: key(), epoch: Epoch(2), cached, saved: Some(saved), owner: None }
+    }
+
+    fn decided(claims: &[ClaimRow], tree: &TreeRow, on_disk: bool, power_lost: bool) -> Decisions {
+        let cached = if on_disk { vec![key().digest()] } else { Vec::new() };
+        decide(&Found {
+            slots: &[],
+            claims,
+            trees: std::slice::from_ref(tree),
+            observed: &[],
+            survey: &Survey { slots: Vec::new(), cached },
+            current: &BTreeMap::new(),
+            power_lost,
+        })
+    }
+
+    /// A fill from the store has its tree in the cache first. Set aside, the half that
+    /// is in the slot could never be taken out of it.
+    #[test]
+    fn the_tree_of_a_claim_that_is_being_filled_is_no_stray() {
+        for state in [ClaimState::Claiming, ClaimState::Releasing] {
+            let decisions = decided(&[claim(state)], &tree(false), true, false);
+            assert_eq!(decisions.stray_trees, Vec::<String>::new(), "{state:?}");
+        }
+        assert_eq!(decided(&[], &tree(false), true, false).stray_trees, vec![key().digest()]);
+    }
+
+    #[test]
+    fn only_trees_that_no_claim_needs_are_evicted_or_missed() {
+        for state in [ClaimState::Active, ClaimState::Dirty, ClaimState::Conflict] {
+            let decisions = decided(&[claim(state)], &tree(true), false, true);
+            assert_eq!((decisions.evict, decisions.missing), (Vec::new(), Vec::new()), "{state:?}");
+        }
+        assert_eq!(decided(&[], &tree(true), true, true).evict, vec![key()]);
+        assert_eq!(decided(&[], &tree(true), true, false).evict, Vec::<Key>::new());
+        assert_eq!(decided(&[], &tree(true), false, false).missing, vec![key()]);
     }
 }
