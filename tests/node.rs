@@ -608,6 +608,7 @@ async fn p7_a_crash_at_any_point_is_repaired_at_the_next_start() {
         "sync.paused",
         "sync.saved",
         "adopt.looked",
+        "adopt.trees",
         "adopt.strays",
         "adopt.done",
     ];
@@ -801,4 +802,25 @@ async fn a_waiting_claim_takes_a_slot_that_another_pool_has_only_later() {
     sick.store(false, std::sync::atomic::Ordering::SeqCst);
     second.await.unwrap().unwrap();
     assert!(world.runtime.peak() <= 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p7_a_crash_while_adopting_after_a_power_loss_does_not_forget_the_power_loss() {
+    let mut world = World::new(&[("worker", WORKER)]);
+    let node = world.start().await;
+    let first = claimed(&node, "acme").await;
+    node.write(&first, "file", "content");
+    durable(&node, "acme").await;
+    node.crash().await;
+    let cache = world.dir.path().join("states/cache");
+    let tree = std::fs::read_dir(&cache).unwrap().flatten().next().expect("a cached tree").path();
+    std::fs::write(tree.join("tree/file"), "").unwrap();
+    world.boot_id = "boot-2".to_owned();
+    let node = world.launch();
+    node.crash.arm("adopt.trees", 1, CrashAction::Halt);
+    node.crash.crashed().await;
+    node.crash().await;
+    let node = world.start().await;
+    let back = claimed(&node, "acme").await;
+    assert_eq!(node.read(&back, "file").as_deref(), Some("content"));
 }

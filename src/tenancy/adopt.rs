@@ -254,8 +254,11 @@ impl Tenancy {
             power_lost,
             "adopting"
         );
-        inner.note_facts(&loaded, boot_id, store, &set).await;
-        inner.adopt_trees(&decisions).await;
+        inner.note_facts(&loaded, store, &set).await;
+        if inner.adopt_trees(&decisions).await {
+            // Last: a crash before it must not make the next start forget the power loss.
+            inner.note(vec![Op::PutFact(BOOT_ID, boot_id.to_owned())]).await;
+        }
         inner.remove_strays(&decisions).await;
         crash_point!(inner.parts.crash, "adopt.strays");
         let revisions = inner.revisions(&loaded, &set);
@@ -302,12 +305,9 @@ impl Tenancy {
 // === impl Inner ===
 
 impl Inner {
-    async fn note_facts(&self, loaded: &Loaded, boot_id: &str, store: &str, set: &crate::script::Set) {
-        let mut ops = vec![
-            Op::PutFact(BOOT_ID, boot_id.to_owned()),
-            Op::PutFact(DIGEST_KEY, hex::encode(self.digest_key)),
-            Op::PutFact(STORE, store.to_owned()),
-        ];
+    async fn note_facts(&self, loaded: &Loaded, store: &str, set: &crate::script::Set) {
+        let mut ops =
+            vec![Op::PutFact(DIGEST_KEY, hex::encode(self.digest_key)), Op::PutFact(STORE, store.to_owned())];
         let mut wanted: BTreeSet<&Revision> = loaded.slots.iter().map(|row| &row.revision).collect();
         wanted.extend(loaded.claims.iter().map(|row| &row.revision));
         for workload in set.iter() {
@@ -316,22 +316,40 @@ impl Inner {
         }
         let unwanted = loaded.revisions.iter().filter(|(revision, _)| !wanted.contains(revision));
         ops.extend(unwanted.map(|(revision, _)| Op::DropRevision(revision.clone())));
-        if let Err(error) = self.parts.journal.commit(ops, Durability::Hard).await {
-            error!(error = &error as &dyn std::error::Error, "facts of this start are not journaled");
+        self.note(ops).await;
+    }
+
+    /// Journals what claims rely on after the next restart: nothing is served without it.
+    async fn note(&self, ops: Vec<Op>) {
+        let mut attempt = 0;
+        while let Err(error) = self.parts.journal.commit(ops.clone(), Durability::Hard).await {
+            error!(error = &error as &dyn std::error::Error, "facts of this start are not journaled yet");
+            tokio::time::sleep(LOOK.wait(attempt, &*self.parts.clock)).await;
+            attempt += 1;
         }
     }
 
-    async fn adopt_trees(&self, decisions: &Decisions) {
+    /// Makes rows and cached trees meet; returns whether every tree that a power loss
+    /// may have torn is gone.
+    async fn adopt_trees(&self, decisions: &Decisions) -> bool {
+        crash_point!(self.parts.crash, "adopt.trees");
+        let mut done = true;
         for key in &decisions.evict {
             // After a power loss a tree that was not synced may be torn; the store has it whole.
             match self.parts.files.discard(key).await {
                 Ok(()) => self.forget_cached(key).await,
                 Err(error) => {
+                    done = false;
                     error!(tenant = %key.tenant, workload = %key.workload, error = &error as &dyn std::error::Error, "cached tree cannot be removed after a power loss");
                 }
             }
         }
         for key in &decisions.missing {
+            if self.trees.get(key).is_some_and(|tree| tree.saved.is_none()) {
+                // Forgotten, it would be taken for a tenant that never had any state (P3).
+                error!(tenant = %key.tenant, workload = %key.workload, "cached tree is gone from disk, and it was the only copy; its claims fail");
+                continue;
+            }
             warn!(tenant = %key.tenant, workload = %key.workload, "cached tree is gone from disk; the store has it");
             self.forget_cached(key).await;
         }
@@ -345,14 +363,15 @@ impl Inner {
                 ),
             }
         }
+        done
     }
 
     async fn forget_cached(&self, key: &Key) {
         let Some(mut tree) = self.trees.get(key).map(|tree| tree.clone()) else { return };
         tree.cached = false;
-        if self.commit(vec![Op::PutTree(tree.clone())], Durability::Soft).await.is_ok() {
-            self.trees.insert(key.clone(), tree);
-        }
+        // Not journaled, the next start finds the tree missing once more.
+        let _ = self.commit(vec![Op::PutTree(tree.clone())], Durability::Soft).await;
+        self.trees.insert(key.clone(), tree);
     }
 
     async fn remove_strays(self: &Arc<Self>, decisions: &Decisions) {
