@@ -824,3 +824,34 @@ async fn p7_a_crash_while_adopting_after_a_power_loss_does_not_forget_the_power_
     let back = claimed(&node, "acme").await;
     assert_eq!(node.read(&back, "file").as_deref(), Some("content"));
 }
+
+/// A release that was accepted stays so, whatever a checkpoint or a sign of use writes beside it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sync_or_touch_beside_a_release_does_not_make_the_claim_active_again() {
+    let world = World::new(&[("worker", WORKER)]);
+    let node = Arc::new(world.start().await);
+    let tenant = TenantId::new("acme").unwrap();
+    for round in 0..120 {
+        claimed(&node, "acme").await;
+        let beside = {
+            let (node, tenant) = (Arc::clone(&node), tenant.clone());
+            tokio::spawn(async move {
+                let _ = node.node.tenancy.sync(tenant, None).await;
+            })
+        };
+        // The release meets the checkpoint at another step each time.
+        tokio::time::sleep(Duration::from_micros(round % 40 * 100)).await;
+        let accepted =
+            boilerhouse::tenancy::ReleaseRequest { wait: ReleaseWait::Accepted, ..Default::default() };
+        node.node.tenancy.release(tenant.clone(), accepted).await.unwrap();
+        let began = std::time::Instant::now();
+        loop {
+            let claims = node.status("acme").await.claims;
+            let Some(claim) = claims.first() else { break };
+            assert_ne!(claim.state.as_str(), "active", "round {round}: {claim:?}");
+            assert!(began.elapsed() < Duration::from_secs(20), "round {round}: {claim:?}");
+            tokio::task::yield_now().await;
+        }
+        beside.await.unwrap();
+    }
+}

@@ -43,7 +43,7 @@ use self::registry::{Entry, Live};
 pub use self::wire::*;
 use crate::{
     clock::{SharedClock, random_hex},
-    journal::{self, Durability, Journal, Op, TreeRow},
+    journal::{self, ClaimRow, Durability, Journal, Op, TreeRow},
     lifecycle::{CrashPoints, Tasks},
     model::{ClaimState, Key, Secret, SlotId, TenantId, WorkloadId},
     pool::Pools,
@@ -354,11 +354,27 @@ impl Inner {
 
     async fn note_activity(&self, live: &Live, now_ms: u64) {
         if live.touch(now_ms, ACTIVITY_STEP_MS) {
-            let row = live.row();
-            if row.state == ClaimState::Active {
-                let _ = self.commit(vec![Op::PutClaim(Box::new(row))], Durability::Soft).await;
-            }
+            let active = |row: &mut ClaimRow| Ok((row.state == ClaimState::Active).then(Vec::new));
+            let _ = self.write_row(live, Durability::Soft, active).await;
         }
+    }
+
+    /// Changes a claim's row in the journal and then in memory, one change at a time:
+    /// a checkpoint must not bring back the state that a release has just ended.
+    /// `change` answers what else is committed with it, or `None` to change nothing.
+    async fn write_row(
+        &self,
+        live: &Live,
+        durability: Durability,
+        change: impl FnOnce(&mut ClaimRow) -> Result<Option<Vec<Op>>, Error>,
+    ) -> Result<bool, Error> {
+        let _writer = live.writer.lock().await;
+        let mut row = live.row();
+        let Some(mut ops) = change(&mut row)? else { return Ok(false) };
+        ops.push(Op::PutClaim(Box::new(row.clone())));
+        self.commit(ops, durability).await?;
+        live.set_row(row);
+        Ok(true)
     }
 
     async fn commit(&self, ops: Vec<Op>, durability: Durability) -> Result<(), Error> {

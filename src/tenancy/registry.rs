@@ -53,6 +53,9 @@ pub(super) struct Live {
     pub(super) sync: tokio::sync::Mutex<()>,
     /// Ends a checkpoint's save, because the claim's own save follows.
     pub(super) cancel_sync: CancellationToken,
+    /// Held while the row is changed, so that the journal gets the changes in the
+    /// order in which they are made: a checkpoint and a sign of use write without the guard.
+    pub(super) writer: tokio::sync::Mutex<()>,
 }
 
 /// A released claim whose state is not in the store.
@@ -153,6 +156,7 @@ impl Live {
             answer: Mutex::default(),
             sync: tokio::sync::Mutex::default(),
             cancel_sync: CancellationToken::new(),
+            writer: tokio::sync::Mutex::default(),
         }
     }
 

@@ -175,17 +175,20 @@ impl Inner {
             return Ok(());
         }
         // A checkpoint that runs has the container paused, so that no hook could act in
-        // it, and would write its older view of the row over this one. After this none
-        // begins. The claim's own save follows: this one may as well be given up.
+        // it. After this none begins. The claim's own save follows: this one may as well
+        // be given up.
         live.cancel_sync.cancel();
         let _syncing = live.sync.lock().await;
-        let mut row = live.row();
-        row.state =
-            row.state.step(ClaimState::Releasing).map_err(|error| self.internal(&error, "claim step"))?;
-        row.failed |= ending == Ending::Failed;
-        self.commit(vec![Op::PutClaim(Box::new(row.clone()))], Durability::Soft).await?;
-        live.set_row(row);
-        Ok(())
+        let end = |row: &mut ClaimRow| {
+            if row.state == ClaimState::Releasing {
+                return Ok(None);
+            }
+            row.state =
+                row.state.step(ClaimState::Releasing).map_err(|error| self.internal(&error, "claim step"))?;
+            row.failed |= ending == Ending::Failed;
+            Ok(Some(Vec::new()))
+        };
+        self.write_row(live, Durability::Soft, end).await.map(|_| ())
     }
 
     /// Takes a claim from wherever it stands to its saved end; returns the save, if

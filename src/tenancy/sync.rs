@@ -9,7 +9,7 @@ use super::{Error, GUARD_WAIT, Inner, RETRY_AFTER_MS, SyncAnswer, answer, regist
 use crate::{
     clock::random_hex,
     crash_point,
-    journal::{Durability, Op, TreeRow},
+    journal::{ClaimRow, Durability, Op, TreeRow},
     model::{ClaimState, ContainerId, Key},
     retry::Backoff,
     runtime::{ContainerStatus, SharedRuntime},
@@ -59,11 +59,14 @@ impl Inner {
         checkpoint: &CheckpointId,
     ) -> Result<SyncAnswer, Error> {
         let paused_ms = self.freeze(key, live, checkpoint).await?;
-        let mut row = live.row();
         let nonce = random_hex(&*self.parts.clock, 16);
-        row.nonce = Some(nonce.clone());
-        self.commit(vec![Op::PutClaim(Box::new(row.clone()))], Durability::Soft).await?;
-        live.set_row(row);
+        let attempt = |row: &mut ClaimRow| {
+            row.nonce = Some(nonce.clone());
+            Ok((row.state == ClaimState::Active).then(Vec::new))
+        };
+        if !self.write_row(live, Durability::Soft, attempt).await? {
+            return Err(Error::NotClaimed { tenant: key.tenant.clone(), workload: key.workload.clone() });
+        }
         let save = Save {
             key: key.clone(),
             epoch: live.epoch(),
@@ -89,19 +92,18 @@ impl Inner {
         };
         self.parts.metrics.save("ok", began.elapsed());
         crash_point!(self.parts.crash, "sync.saved");
-        let mut row = live.row();
-        row.snapshot = Some(saved.snapshot.clone());
-        let owner = Some(live.made.run_as);
         let tree = TreeRow {
             key: key.clone(),
-            epoch: row.epoch,
+            epoch: live.epoch(),
             cached: true,
             saved: Some(saved.snapshot.clone()),
-            owner,
+            owner: Some(live.made.run_as),
         };
-        self.commit(vec![Op::PutClaim(Box::new(row.clone())), Op::PutTree(tree.clone())], Durability::Soft)
-            .await?;
-        live.set_row(row);
+        let note = |row: &mut ClaimRow| {
+            row.snapshot = Some(saved.snapshot.clone());
+            Ok(Some(vec![Op::PutTree(tree.clone())]))
+        };
+        self.write_row(live, Durability::Soft, note).await?;
         self.trees.insert(key.clone(), tree);
         info!(tenant = %key.tenant, workload = %key.workload, epoch = live.epoch().0, snapshot = saved.snapshot.number, paused_ms, "state synced");
         Ok(SyncAnswer {
