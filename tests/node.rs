@@ -855,3 +855,33 @@ async fn a_sync_or_touch_beside_a_release_does_not_make_the_claim_active_again()
         beside.await.unwrap();
     }
 }
+
+/// The save of a release must go on when a claim that would have taken its tree is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn p2_a_claim_that_cannot_be_journaled_leaves_the_pending_save_going() {
+    let world = World::new(&[("worker", WORKER)]);
+    let node = world.start().await;
+    let first = claimed(&node, "acme").await;
+    node.write(&first, "file", "precious");
+    world.store.set_down(true);
+    assert_eq!(node.release("acme").await.unwrap().state, ReleaseState::Pending);
+    // Deeper than the journal takes.
+    let mut deep = serde_json::json!(1);
+    for _ in 0..119 {
+        deep = serde_json::json!([deep]);
+    }
+    let metadata = serde_json::json!({ "deep": deep }).as_object().cloned();
+    let refused = node.claim_with("acme", ClaimRequest { metadata, ..request() }).await;
+    assert!(matches!(refused, Err(Error::Internal { .. })), "{refused:?}");
+    world.store.set_down(false);
+    wait_until_saved(&node, "acme").await;
+    node.check_no_leaks(&world).await;
+}
+
+async fn wait_until_saved(node: &TestNode, tenant: &str) {
+    let began = std::time::Instant::now();
+    while !node.status(tenant).await.claims.is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", node.status(tenant).await);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

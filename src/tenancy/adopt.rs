@@ -514,16 +514,17 @@ impl Inner {
                     });
                 }
                 Fate::Save => {
-                    let unsaved = Arc::new(Unsaved::new(row.clone(), SaveOutcome::Saving));
+                    let unsaved = Arc::new(Unsaved::new(row.clone(), workload, SaveOutcome::Saving));
                     entry.add_unsaved(Arc::clone(&unsaved));
-                    self.start_save(key, unsaved, workload);
+                    self.start_save(key, unsaved);
                 }
                 Fate::Superseded => {
-                    entry.add_unsaved(Arc::new(Unsaved::new(row.clone(), SaveOutcome::Ended)));
+                    entry.add_unsaved(Arc::new(Unsaved::new(row.clone(), workload, SaveOutcome::Ended)));
                 }
                 Fate::Conflict => {
                     let reason = "the store has a later epoch".to_owned();
-                    entry.add_unsaved(Arc::new(Unsaved::new(row.clone(), SaveOutcome::Conflict(reason))));
+                    let conflict = SaveOutcome::Conflict(reason);
+                    entry.add_unsaved(Arc::new(Unsaved::new(row.clone(), workload, conflict)));
                 }
                 Fate::Over => {}
             }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     crash_point,
-    journal::{ClaimRow, Durability, Op, SlotRow, TreeRow},
+    journal::{self, ClaimRow, Durability, Op, SlotRow, TreeRow},
     model::{
         ClaimSource, ClaimState, Epoch, Key, Secret, SlotPhase, SnapshotRef, StateSource, spec::Activation,
     },
@@ -132,18 +132,7 @@ impl Inner {
             Ok(answer) => Ok(answer),
             Err(error) => {
                 info!(tenant = %key.tenant, workload = %key.workload, epoch = live.epoch().0, slot = %live.slot, error = &error as &dyn std::error::Error, "claim failed");
-                let (inner, key, entry) = (Arc::clone(self), key.clone(), Arc::clone(entry));
-                // The way back may take long (the engine may be down); the tenant hears now.
-                // The next request for this tenant finds the claim and finishes it first.
-                let undo = self.parts.tasks.spawn("undo claim", async move {
-                    let guard = entry.guard.lock().await;
-                    if entry.live().is_some_and(|now| Arc::ptr_eq(&now, &live)) {
-                        inner.end(&key, &entry, &live, Ending::Failed).await;
-                    }
-                    drop(guard);
-                    inner.tidy(&key, entry);
-                });
-                drop(undo);
+                self.undo_later(key, entry, &live);
                 Err(error)
             }
         }
@@ -241,7 +230,7 @@ impl Inner {
 
     /// Journals the claim. From here on it goes up to ACTIVE or through `end`.
     async fn bind(
-        &self,
+        self: &Arc<Self>,
         key: &Key,
         entry: &Arc<Entry>,
         mut taken: Taken,
@@ -254,6 +243,7 @@ impl Inner {
         for before in entry.unsaved() {
             before.cancel.cancel();
             if let SaveOutcome::Conflict(reason) = Self::save_ended(&before).await {
+                self.resume_saves(key, entry);
                 let (tenant, workload) = (key.tenant.clone(), key.workload.clone());
                 return Err(Error::StateConflict { tenant, workload, reason });
             }
@@ -308,15 +298,24 @@ impl Inner {
         if located.epoch > Epoch(0) {
             ops.push(Op::DropClaim(key.clone(), located.epoch));
         }
+        let mut superseded = Vec::new();
         for before in entry.unsaved() {
-            let mut superseded = before.row();
-            superseded.superseded_by = Some(epoch);
-            ops.push(Op::PutClaim(Box::new(superseded.clone())));
-            before.set_row(superseded);
+            let row = ClaimRow { superseded_by: Some(epoch), ..before.row() };
+            ops.push(Op::PutClaim(Box::new(row.clone())));
+            superseded.push((before, row));
         }
-        self.commit(ops, Durability::Hard).await?;
+        let journaled = self.parts.journal.commit(ops.clone(), Durability::Hard).await;
+        if let Err(error) = &journaled
+            && !matches!(error, journal::Error::Unknown | journal::Error::Unavailable { .. })
+        {
+            self.resume_saves(key, entry);
+            return Err(self.journal_failed(error));
+        }
         crash_point!(self.parts.crash, "claim.claiming");
         taken.keep();
+        for (before, row) in superseded {
+            before.set_row(row);
+        }
         let live = Arc::new(Live::new(
             row,
             Arc::clone(&taken.workload),
@@ -330,7 +329,28 @@ impl Inner {
         if let Some(pool) = self.parts.pools.get(&key.workload) {
             pool.set_tenant(&taken.slot, key.tenant.as_str());
         }
+        if let Err(error) = journaled {
+            // It may be written, or show after a crash (P8): the claim goes to its end, and
+            // that writes what this commit should have.
+            live.owe(ops);
+            self.undo_later(key, entry, &live);
+            return Err(self.journal_failed(&error));
+        }
         Ok(live)
+    }
+
+    /// Ends a claim that did not come up. That may take long (the engine may be down);
+    /// the tenant hears now, and its next request finds the claim and finishes it first.
+    fn undo_later(self: &Arc<Self>, key: &Key, entry: &Arc<Entry>, live: &Arc<Live>) {
+        let (inner, key, entry, live) = (Arc::clone(self), key.clone(), Arc::clone(entry), Arc::clone(live));
+        self.parts.tasks.spawn("undo claim", async move {
+            let guard = entry.guard.lock().await;
+            if entry.live().is_some_and(|now| Arc::ptr_eq(&now, &live)) {
+                inner.end(&key, &entry, &live, Ending::Failed).await;
+            }
+            drop(guard);
+            inner.tidy(&key, entry);
+        });
     }
 
     /// Fills the slot and activates it: everything between CLAIMING and ACTIVE.

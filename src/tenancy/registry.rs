@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::wire::ClaimAnswer;
 use crate::{
-    journal::ClaimRow,
+    journal::{ClaimRow, Op},
     model::{Epoch, SlotId, SnapshotRef},
     pool::Made,
     script::Workload,
@@ -56,11 +56,15 @@ pub(super) struct Live {
     /// Held while the row is changed, so that the journal gets the changes in the
     /// order in which they are made: a checkpoint and a sign of use write without the guard.
     pub(super) writer: tokio::sync::Mutex<()>,
+    /// What the journal may not have taken of its beginning; goes with the next change of state.
+    owed: Mutex<Vec<Op>>,
 }
 
 /// A released claim whose state is not in the store.
 pub(super) struct Unsaved {
     row: Mutex<ClaimRow>,
+    /// The revision it ran.
+    pub(super) workload: Arc<Workload>,
     /// Ends the save, because a later claim takes the tree.
     pub(super) cancel: CancellationToken,
     /// How the save stands; closed when it has ended.
@@ -157,7 +161,17 @@ impl Live {
             sync: tokio::sync::Mutex::default(),
             cancel_sync: CancellationToken::new(),
             writer: tokio::sync::Mutex::default(),
+            owed: Mutex::default(),
         }
+    }
+
+    /// Notes operations whose commit has no known outcome.
+    pub(super) fn owe(&self, ops: Vec<Op>) {
+        *lock(&self.owed) = ops;
+    }
+
+    pub(super) fn owed(&self) -> Vec<Op> {
+        lock(&self.owed).clone()
     }
 
     pub(super) fn row(&self) -> ClaimRow {
@@ -210,8 +224,13 @@ impl Live {
 // === impl Unsaved ===
 
 impl Unsaved {
-    pub(super) fn new(row: ClaimRow, outcome: SaveOutcome) -> Self {
-        Self { row: Mutex::new(row), cancel: CancellationToken::new(), outcome: watch::Sender::new(outcome) }
+    pub(super) fn new(row: ClaimRow, workload: Arc<Workload>, outcome: SaveOutcome) -> Self {
+        Self {
+            row: Mutex::new(row),
+            workload,
+            cancel: CancellationToken::new(),
+            outcome: watch::Sender::new(outcome),
+        }
     }
 
     pub(super) fn row(&self) -> ClaimRow {

@@ -179,6 +179,8 @@ impl Inner {
         // be given up.
         live.cancel_sync.cancel();
         let _syncing = live.sync.lock().await;
+        let owed = live.owed();
+        let durability = if owed.is_empty() { Durability::Soft } else { Durability::Hard };
         let end = |row: &mut ClaimRow| {
             if row.state == ClaimState::Releasing {
                 return Ok(None);
@@ -186,9 +188,11 @@ impl Inner {
             row.state =
                 row.state.step(ClaimState::Releasing).map_err(|error| self.internal(&error, "claim step"))?;
             row.failed |= ending == Ending::Failed;
-            Ok(Some(Vec::new()))
+            Ok(Some(owed))
         };
-        self.write_row(live, Durability::Soft, end).await.map(|_| ())
+        self.write_row(live, durability, end).await?;
+        live.owe(Vec::new());
+        Ok(())
     }
 
     /// Takes a claim from wherever it stands to its saved end; returns the save, if
@@ -226,7 +230,7 @@ impl Inner {
         }
         info!(tenant = %key.tenant, workload = %key.workload, epoch = live.epoch().0, slot = %live.slot, ending = ending.name(), "claim ended");
         if let Some(unsaved) = &unsaved {
-            self.start_save(key, Arc::clone(unsaved), Arc::clone(&live.workload));
+            self.start_save(key, Arc::clone(unsaved));
         }
         unsaved
     }
@@ -316,7 +320,7 @@ impl Inner {
         .await;
         self.trees.insert(key.clone(), tree);
         live.set_row(row.clone());
-        let unsaved = Arc::new(Unsaved::new(row, SaveOutcome::Saving));
+        let unsaved = Arc::new(Unsaved::new(row, Arc::clone(&live.workload), SaveOutcome::Saving));
         entry.add_unsaved(Arc::clone(&unsaved));
         unsaved
     }

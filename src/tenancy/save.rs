@@ -6,7 +6,7 @@ use tracing::{error, info, warn};
 
 use super::{
     Inner, answer,
-    registry::{SaveOutcome, Unsaved},
+    registry::{Entry, SaveOutcome, Unsaved},
 };
 use crate::{
     crash_point,
@@ -25,24 +25,39 @@ const STUCK: Backoff = Backoff { base_ms: 60_000, cap_ms: 600_000 };
 
 impl Inner {
     /// Starts the save of a released claim.
-    pub(super) fn start_save(self: &Arc<Self>, key: &Key, unsaved: Arc<Unsaved>, workload: Arc<Workload>) {
+    pub(super) fn start_save(self: &Arc<Self>, key: &Key, unsaved: Arc<Unsaved>) {
         let (inner, key) = (Arc::clone(self), key.clone());
         self.parts.tasks.spawn("save", async move {
             // Whatever ends this task, nobody waits for its outcome for ever.
             let ended = EndedOnDrop(Arc::clone(&unsaved));
-            inner.save_until_done(&key, &unsaved, &workload).await;
+            inner.save_until_done(&key, &unsaved).await;
             drop(ended);
             let entry = inner.entry(&key);
             inner.tidy(&key, entry);
         });
     }
 
-    async fn save_until_done(&self, key: &Key, unsaved: &Unsaved, workload: &Workload) {
+    /// Goes on with a save that was ended for a claim which then did not take its tree.
+    /// Under the guard.
+    pub(super) fn resume_saves(self: &Arc<Self>, key: &Key, entry: &Entry) {
+        for before in entry.unsaved() {
+            let row = before.row();
+            if row.superseded_by.is_some() || *before.outcome.borrow() != SaveOutcome::Ended {
+                continue;
+            }
+            info!(tenant = %key.tenant, workload = %key.workload, epoch = row.epoch.0, "save goes on");
+            let unsaved = Arc::new(Unsaved::new(row, Arc::clone(&before.workload), SaveOutcome::Saving));
+            entry.add_unsaved(Arc::clone(&unsaved));
+            self.start_save(key, unsaved);
+        }
+    }
+
+    async fn save_until_done(&self, key: &Key, unsaved: &Unsaved) {
         let draining = self.parts.tasks.draining();
         let mut failures = 0;
         loop {
             let row = unsaved.row();
-            let save = claim_save(key, &row, workload);
+            let save = claim_save(key, &row, &unsaved.workload);
             let began = tokio::time::Instant::now();
             // Biased: a later claim waits for this task to let go of the tree.
             let outcome = tokio::select! {
