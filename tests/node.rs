@@ -885,3 +885,25 @@ async fn wait_until_saved(node: &TestNode, tenant: &str) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p7_a_claim_that_panics_after_its_client_left_is_taken_up_by_upkeep() {
+    let script = WORKER.replace("pool:", "activation: #{ exec: [\"boom\"] }, pool:");
+    let world = World::new(&[("worker", &script)]);
+    let node = world.start().await;
+    node.settle().await;
+    world.runtime.on_exec(|_, _| panic!("on purpose"));
+    let gone = tokio::time::timeout(Duration::ZERO, node.claim("acme")).await;
+    assert!(gone.is_err(), "the client left before the answer: {gone:?}");
+    wait_for("the claim has panicked", || {
+        node.phases().contains(&"claimed") && !node.node.tasks.live().contains(&"claim")
+    })
+    .await;
+    world.runtime.on_exec(|_, _| FakeExec::status(0));
+    node.node.upkeep.reconcile().await;
+    node.settle().await;
+    wait_until_saved(&node, "acme").await;
+    let phases = node.phases();
+    assert!(phases.iter().all(|phase| *phase == "ready"), "{phases:?}");
+    node.check_no_leaks(&world).await;
+}

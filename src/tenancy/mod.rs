@@ -275,6 +275,12 @@ impl Tenancy {
         self.inner.container_died(slot).await;
     }
 
+    /// Takes up what a task that ended abnormally has left: claims that are neither
+    /// up nor on their way to an end, and saves that nobody goes on with.
+    pub fn finish_abandoned(&self) {
+        self.inner.finish_abandoned();
+    }
+
     /// Releases claims without a sign of use for `idle_ms`.
     pub async fn release_idle(&self, idle_ms: u64) {
         self.inner.release_idle(idle_ms).await;

@@ -465,6 +465,35 @@ impl Inner {
         }
     }
 
+    /// Takes up claims and saves that no task goes on with: whoever holds a guard is at
+    /// work, so what is unfinished behind a free one was left by a task that panicked.
+    pub(super) fn finish_abandoned(self: &Arc<Self>) {
+        let entries: Vec<_> =
+            self.entries.iter().map(|entry| (entry.key().clone(), Arc::clone(&entry))).collect();
+        for (key, entry) in entries {
+            let Ok(held) = Arc::clone(&entry.guard).try_lock_owned() else {
+                self.tidy(&key, entry);
+                continue;
+            };
+            let Some(live) = entry.live().filter(|live| live.row().state != ClaimState::Active) else {
+                self.resume_saves(&key, &entry);
+                drop(held);
+                self.tidy(&key, entry);
+                continue;
+            };
+            let row = live.row();
+            let released = row.state == ClaimState::Releasing && !row.failed;
+            let ending = if released { Ending::Released } else { Ending::Failed };
+            warn!(tenant = %key.tenant, workload = %key.workload, epoch = row.epoch.0, slot = %live.slot, ending = ?ending, "unfinished claim goes to its end");
+            let inner = Arc::clone(self);
+            self.parts.tasks.spawn("end claim", async move {
+                inner.end(&key, &entry, &live, ending).await;
+                drop(held);
+                inner.tidy(&key, entry);
+            });
+        }
+    }
+
     /// Returns the claims that are active now.
     pub(super) fn live_claims(&self) -> Vec<(Key, Arc<Live>)> {
         self.entries

@@ -130,6 +130,7 @@ impl Upkeep {
                 self.tenancy.container_died(&id).await;
             }
         }
+        self.tenancy.finish_abandoned();
     }
 
     /// Looks whether engine and store answer, and says so to `/readyz`.
