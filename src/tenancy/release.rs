@@ -458,11 +458,29 @@ impl Inner {
             let inner = Arc::clone(self);
             let epoch = live.epoch();
             self.parts.tasks.spawn("idle release", async move {
-                if let Err(error) = inner.release_task(&key, Some(epoch), Ending::Released, None).await {
+                if let Err(error) = inner.release_if_idle(&key, epoch, idle_ms).await {
                     warn!(tenant = %key.tenant, workload = %key.workload, error = &error as &dyn std::error::Error, "idle claim is not released");
                 }
             });
         }
+    }
+
+    /// Releases a claim unless it was used while this release waited for its turn.
+    async fn release_if_idle(self: &Arc<Self>, key: &Key, epoch: Epoch, idle_ms: u64) -> Result<(), Error> {
+        let entry = self.entry(key);
+        let outcome = match self.lock(&entry).await {
+            Ok(_guard) => {
+                let idle = |live: &Live| self.now_ms().saturating_sub(live.active_ms()) >= idle_ms;
+                if entry.live().is_some_and(|live| live.epoch() == epoch && idle(&live)) {
+                    self.release_guarded(key, Some(epoch), Ending::Released, None, &entry).await.map(|_| ())
+                } else {
+                    Ok(())
+                }
+            }
+            Err(error) => Err(error),
+        };
+        self.tidy(key, entry);
+        outcome
     }
 
     /// Takes up claims and saves that no task goes on with: whoever holds a guard is at
