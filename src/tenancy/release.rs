@@ -245,11 +245,17 @@ impl Inner {
     ) -> Option<Arc<Unsaved>> {
         let spec = &live.workload.spec;
         let row = live.row();
-        if spec.volumes.state.is_none() || !spec.persist.on_release {
+        // What an earlier claim owes to the store is not this spec's to throw away.
+        if spec.volumes.state.is_none() || (!spec.persist.on_release && entry.unsaved().is_empty()) {
             self.keep_trying("state is not thrown away yet", key, || {
                 self.parts.files.discard_slot_state(&live.slot)
             })
             .await;
+            if spec.volumes.state.is_some() {
+                // The rest of a fill that did not end must not pass for a whole tree.
+                self.keep_trying("half a fill is not removed yet", key, || self.parts.files.discard(key))
+                    .await;
+            }
             self.settle_without_save(key, entry, row).await;
             return None;
         }
