@@ -303,9 +303,10 @@ impl Actor {
             created_ms: cell.created_ms,
         };
         let workload = Arc::clone(&cell.workload);
-        let journal = self.pools.parts.journal.clone();
+        // Queued here: a claim's row of this slot must come after it.
+        let journaled = self.pools.parts.journal.commit(vec![Op::PutSlot(row)], Durability::Soft);
         self.pools.parts.tasks.spawn("journal slot", async move {
-            if let Err(error) = journal.commit(vec![Op::PutSlot(row)], Durability::Soft).await {
+            if let Err(error) = journaled.await {
                 warn!(
                     error = &error as &dyn std::error::Error,
                     "ready slot is not journaled; a restart will replace it"
