@@ -378,7 +378,7 @@ impl Inner {
         match self.parts.runtime.inspect(&live.made.container.0).await {
             Ok(None) => true,
             Ok(Some(observed)) => {
-                matches!(observed.status, ContainerStatus::Exited { .. } | ContainerStatus::Created)
+                !matches!(observed.status, ContainerStatus::Running | ContainerStatus::Paused)
             }
             Err(_) => false,
         }
