@@ -2,7 +2,7 @@
 # Both set up what they need; see tools/setup.sh.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test fmt lint doc unit image clean-test
+.PHONY: help setup build demo test fmt lint doc unit campaign image clean-test
 
 help: ## Shows this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ doc: ## Builds the code's documentation, warnings denied
 unit: ## Tests that need neither Docker nor S3: the library's own, and the checks of the tree
 	cargo test --locked --lib --features crash_points
 	cargo test --locked --test tidy --test docs --features crash_points
+
+campaign: ## Random faults and crashes against a node over fakes, for CAMPAIGN_SECONDS (600); CAMPAIGN_SEED repeats one
+	CAMPAIGN_SECONDS=$${CAMPAIGN_SECONDS:-600} cargo test --locked --features crash_points --test node -- --nocapture campaign p7_a_second_crash
 
 image: ## Builds the container image boilerhouse:latest
 	@tools/image.sh

@@ -1,6 +1,10 @@
 //! A whole node over fakes: what the promises say, and what a crash at every
 //! named point leaves behind.
 
+#[path = "node/campaign.rs"]
+mod campaign;
+#[path = "node/faults.rs"]
+mod faults;
 mod support;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -769,6 +773,57 @@ async fn a_release_during_a_sync_runs_its_hook() {
     assert!(heard.load(std::sync::atomic::Ordering::SeqCst), "the hook's command did not run");
 }
 
+/// The save of a release must go on when a claim that would have taken its tree is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn p2_a_claim_that_cannot_be_journaled_leaves_the_pending_save_going() {
+    let world = World::new(&[("worker", WORKER)]);
+    let node = world.start().await;
+    let first = claimed(&node, "acme").await;
+    node.write(&first, "file", "precious");
+    world.store.set_down(true);
+    assert_eq!(node.release("acme").await.unwrap().state, ReleaseState::Pending);
+    // Deeper than the journal takes.
+    let mut deep = serde_json::json!(1);
+    for _ in 0..119 {
+        deep = serde_json::json!([deep]);
+    }
+    let metadata = serde_json::json!({ "deep": deep }).as_object().cloned();
+    let refused = node.claim_with("acme", ClaimRequest { metadata, ..request() }).await;
+    assert!(matches!(refused, Err(Error::Internal { .. })), "{refused:?}");
+    world.store.set_down(false);
+    wait_until_saved(&node, "acme").await;
+    node.check_no_leaks(&world).await;
+}
+
+async fn wait_until_saved(node: &TestNode, tenant: &str) {
+    let began = std::time::Instant::now();
+    while !node.status(tenant).await.claims.is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", node.status(tenant).await);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p7_a_crash_while_adopting_after_a_power_loss_does_not_forget_the_power_loss() {
+    let mut world = World::new(&[("worker", WORKER)]);
+    let node = world.start().await;
+    let first = claimed(&node, "acme").await;
+    node.write(&first, "file", "content");
+    durable(&node, "acme").await;
+    node.crash().await;
+    let cache = world.dir.path().join("states/cache");
+    let tree = std::fs::read_dir(&cache).unwrap().flatten().next().expect("a cached tree").path();
+    std::fs::write(tree.join("tree/file"), "").unwrap();
+    world.boot_id = "boot-2".to_owned();
+    let node = world.launch();
+    node.crash.arm("adopt.trees", 1, CrashAction::Halt);
+    node.crash.crashed().await;
+    node.crash().await;
+    let node = world.start().await;
+    let back = claimed(&node, "acme").await;
+    assert_eq!(node.read(&back, "file").as_deref(), Some("content"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_claim_takes_a_slot_that_another_pool_has_only_later() {
     let small = WORKER.replace("min_idle: 2", "min_idle: 1");
@@ -805,24 +860,25 @@ async fn a_waiting_claim_takes_a_slot_that_another_pool_has_only_later() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn p7_a_crash_while_adopting_after_a_power_loss_does_not_forget_the_power_loss() {
-    let mut world = World::new(&[("worker", WORKER)]);
+async fn p7_a_claim_that_panics_after_its_client_left_is_taken_up_by_upkeep() {
+    let script = WORKER.replace("pool:", "activation: #{ exec: [\"boom\"] }, pool:");
+    let world = World::new(&[("worker", &script)]);
     let node = world.start().await;
-    let first = claimed(&node, "acme").await;
-    node.write(&first, "file", "content");
-    durable(&node, "acme").await;
-    node.crash().await;
-    let cache = world.dir.path().join("states/cache");
-    let tree = std::fs::read_dir(&cache).unwrap().flatten().next().expect("a cached tree").path();
-    std::fs::write(tree.join("tree/file"), "").unwrap();
-    world.boot_id = "boot-2".to_owned();
-    let node = world.launch();
-    node.crash.arm("adopt.trees", 1, CrashAction::Halt);
-    node.crash.crashed().await;
-    node.crash().await;
-    let node = world.start().await;
-    let back = claimed(&node, "acme").await;
-    assert_eq!(node.read(&back, "file").as_deref(), Some("content"));
+    node.settle().await;
+    world.runtime.on_exec(|_, _| panic!("on purpose"));
+    let gone = tokio::time::timeout(Duration::ZERO, node.claim("acme")).await;
+    assert!(gone.is_err(), "the client left before the answer: {gone:?}");
+    wait_for("the claim has panicked", || {
+        node.phases().contains(&"claimed") && !node.node.tasks.live().contains(&"claim")
+    })
+    .await;
+    world.runtime.on_exec(|_, _| FakeExec::status(0));
+    node.node.upkeep.reconcile().await;
+    node.settle().await;
+    wait_until_saved(&node, "acme").await;
+    let phases = node.phases();
+    assert!(phases.iter().all(|phase| *phase == "ready"), "{phases:?}");
+    node.check_no_leaks(&world).await;
 }
 
 /// A release that was accepted stays so, whatever a checkpoint or a sign of use writes beside it.
@@ -854,56 +910,4 @@ async fn a_sync_or_touch_beside_a_release_does_not_make_the_claim_active_again()
         }
         beside.await.unwrap();
     }
-}
-
-/// The save of a release must go on when a claim that would have taken its tree is refused.
-#[tokio::test(flavor = "multi_thread")]
-async fn p2_a_claim_that_cannot_be_journaled_leaves_the_pending_save_going() {
-    let world = World::new(&[("worker", WORKER)]);
-    let node = world.start().await;
-    let first = claimed(&node, "acme").await;
-    node.write(&first, "file", "precious");
-    world.store.set_down(true);
-    assert_eq!(node.release("acme").await.unwrap().state, ReleaseState::Pending);
-    // Deeper than the journal takes.
-    let mut deep = serde_json::json!(1);
-    for _ in 0..119 {
-        deep = serde_json::json!([deep]);
-    }
-    let metadata = serde_json::json!({ "deep": deep }).as_object().cloned();
-    let refused = node.claim_with("acme", ClaimRequest { metadata, ..request() }).await;
-    assert!(matches!(refused, Err(Error::Internal { .. })), "{refused:?}");
-    world.store.set_down(false);
-    wait_until_saved(&node, "acme").await;
-    node.check_no_leaks(&world).await;
-}
-
-async fn wait_until_saved(node: &TestNode, tenant: &str) {
-    let began = std::time::Instant::now();
-    while !node.status(tenant).await.claims.is_empty() {
-        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", node.status(tenant).await);
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn p7_a_claim_that_panics_after_its_client_left_is_taken_up_by_upkeep() {
-    let script = WORKER.replace("pool:", "activation: #{ exec: [\"boom\"] }, pool:");
-    let world = World::new(&[("worker", &script)]);
-    let node = world.start().await;
-    node.settle().await;
-    world.runtime.on_exec(|_, _| panic!("on purpose"));
-    let gone = tokio::time::timeout(Duration::ZERO, node.claim("acme")).await;
-    assert!(gone.is_err(), "the client left before the answer: {gone:?}");
-    wait_for("the claim has panicked", || {
-        node.phases().contains(&"claimed") && !node.node.tasks.live().contains(&"claim")
-    })
-    .await;
-    world.runtime.on_exec(|_, _| FakeExec::status(0));
-    node.node.upkeep.reconcile().await;
-    node.settle().await;
-    wait_until_saved(&node, "acme").await;
-    let phases = node.phases();
-    assert!(phases.iter().all(|phase| *phase == "ready"), "{phases:?}");
-    node.check_no_leaks(&world).await;
 }
