@@ -911,3 +911,29 @@ async fn a_sync_or_touch_beside_a_release_does_not_make_the_claim_active_again()
         beside.await.unwrap();
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn adopted_containers_count_before_any_pool_refills() {
+    // Many pools that have nothing and want something are opened before the one that has all.
+    let others: Vec<_> = (0..30).map(|n| format!("other-{n}")).collect();
+    let scripts: Vec<_> =
+        others.iter().map(|id| WORKER.replace("\"worker\"", &format!("\"{id}\""))).collect();
+    let mut workloads: Vec<_> =
+        others.iter().map(String::as_str).zip(scripts.iter().map(String::as_str)).collect();
+    workloads.push(("worker", WORKER));
+    let mut world = World::new(&workloads);
+    world.max_containers = 4;
+    let world = world;
+    let mut node = world.start().await;
+    for tenant in ["a", "b", "c", "d"] {
+        let workload = Some("worker".parse().unwrap());
+        node.claim_with(tenant, ClaimRequest { workload, ..request() }).await.unwrap();
+    }
+    for _ in 0..20 {
+        node.crash().await;
+        node = world.start().await;
+        wait_for("the pools have planned", || node.node.tenancy.pools().iter().all(|pool| pool.target == 2))
+            .await;
+    }
+    assert!(world.runtime.peak() <= 4, "{} containers at once", world.runtime.peak());
+}

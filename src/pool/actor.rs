@@ -339,8 +339,7 @@ impl Actor {
 
     fn adopt(&mut self, adopted: Adopted) {
         let now_ms = self.now_ms();
-        let place = self.pools.parts.capacity.adopt();
-        let Adopted { slot, phase, spec_hash, made, workload } = adopted;
+        let Adopted { slot, place, phase, spec_hash, made, workload } = adopted;
         // A slot that must go enters as `releasing`, the phase before.
         let enters = if phase == SlotPhase::Retiring { SlotPhase::Releasing } else { phase };
         self.ledger.adopt(slot.clone(), enters, spec_hash.clone(), now_ms);

@@ -26,7 +26,10 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::maker::Made;
-use self::{actor::Command, capacity::Capacity};
+use self::{
+    actor::Command,
+    capacity::{Capacity, Place},
+};
 use crate::{
     clock::SharedClock,
     journal::Journal,
@@ -100,6 +103,8 @@ pub struct Taken {
 pub struct Adopted {
     /// The slot.
     pub slot: SlotId,
+    /// What its container counts as; see [`Pools::place`].
+    pub place: Place,
     /// `ready`, `claimed`, `releasing` or `retiring`.
     pub phase: SlotPhase,
     /// The spec it was made from.
@@ -191,6 +196,12 @@ impl Pools {
     /// Creates the set without pools.
     pub fn new(parts: PoolParts) -> Self {
         Self { parts, pools: Arc::default() }
+    }
+
+    /// Counts a container that is there already, above the maximum if need be. All that
+    /// survived a restart are counted before the first pool is opened, and refills.
+    pub fn place(&self) -> Place {
+        self.parts.capacity.adopt()
     }
 
     /// Opens the pool of a workload, with the slots that survived a restart. Its sizes

@@ -385,7 +385,8 @@ impl Inner {
                     "dangling container is not removed yet"
                 );
                 if attempt >= 3 {
-                    break; // Upkeep goes on with it.
+                    self.remove_later(name);
+                    break;
                 }
                 tokio::time::sleep(LOOK.wait(attempt, &*self.parts.clock)).await;
                 attempt += 1;
@@ -407,6 +408,24 @@ impl Inner {
                 error!(slot = %slot, error = &error as &dyn std::error::Error, "directories of an unknown slot stay");
             }
         }
+    }
+
+    /// Goes on with a removal beside everything else; until then the container counts.
+    fn remove_later(self: &Arc<Self>, name: &str) {
+        let (inner, name, place) = (Arc::clone(self), name.to_owned(), self.parts.pools.place());
+        self.parts.tasks.spawn("remove container", async move {
+            let mut attempt = 0;
+            while let Err(error) = inner.parts.runtime.remove(&name).await {
+                warn!(
+                    container = name,
+                    error = &error as &dyn std::error::Error,
+                    "dangling container is not removed yet"
+                );
+                tokio::time::sleep(LOOK.wait(attempt, &*inner.parts.clock)).await;
+                attempt += 1;
+            }
+            drop(place);
+        });
     }
 
     /// Rebuilds every revision that a slot or claim refers to.
@@ -447,6 +466,7 @@ impl Inner {
             };
             by_workload.entry(row.workload.clone()).or_default().push(Adopted {
                 slot: row.slot.clone(),
+                place: self.parts.pools.place(),
                 phase: decisions.slots.get(&row.slot).copied().unwrap_or(SlotPhase::Retiring),
                 spec_hash: row.spec_hash.clone(),
                 made: made(row),
