@@ -874,8 +874,8 @@ async fn p7_a_claim_that_panics_after_its_client_left_is_taken_up_by_upkeep() {
     .await;
     world.runtime.on_exec(|_, _| FakeExec::status(0));
     node.node.upkeep.reconcile().await;
-    node.settle().await;
     wait_until_saved(&node, "acme").await;
+    node.settle().await;
     let phases = node.phases();
     assert!(phases.iter().all(|phase| *phase == "ready"), "{phases:?}");
     node.check_no_leaks(&world).await;
