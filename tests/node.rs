@@ -5,6 +5,8 @@
 mod campaign;
 #[path = "node/faults.rs"]
 mod faults;
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
