@@ -1,11 +1,12 @@
 //! A whole node over fakes: what the promises say, and what a crash at every
 //! named point leaves behind.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 #[path = "node/campaign.rs"]
 mod campaign;
 #[path = "node/faults.rs"]
 mod faults;
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod support;
 
