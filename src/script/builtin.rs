@@ -79,7 +79,7 @@ mod tests {
                 return met;
             }
             assert!(Instant::now() < until, "the condition is met in time");
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::park_timeout(Duration::from_millis(5));
         }
     }
 
