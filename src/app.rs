@@ -1,5 +1,8 @@
 //! Wires a node together, runs it, and takes it down in order.
 
+mod transfer;
+mod verify;
+
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -11,19 +14,26 @@ use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tracing::{error, info, warn};
 
+pub use self::transfer::{ImportFrom, Importing, TransferProgress, export, import};
+pub use self::verify::{Finding, Progress, Report, Scope, verify};
+pub use crate::state::transfer::{Export, Exported, Imported};
 use crate::{
     api::{self, ApiState, Auth},
-    clock::{SharedClock, SystemClock},
+    clock::{Clock as _, SharedClock, SystemClock, random_hex},
     config::{self, Config, StoreLocation},
     journal::{self, Journal, Loaded},
     lifecycle::{CrashPoints, Tasks},
-    model::spec::SpecDefaults,
+    model::spec::{Layout, SpecDefaults},
     pool::{PoolParts, PoolStatus, Pools, capacity::Capacity},
     runtime::{self, SharedRuntime, docker::DockerRuntime},
     script::{Diagnostic, LoadOptions, Runner, RunnerOptions, Set, Sources},
     seal::{self, MasterKey},
     state::{
-        self, SharedFiles,
+        self, Encryption, SharedFiles,
+        fence::{
+            Mode,
+            owner::{self, OwnerRecord, Tenure},
+        },
         host::{HostDirs, HostFiles},
     },
     store::{
@@ -32,12 +42,14 @@ use crate::{
         s3::{Limits, S3Store},
     },
     telemetry::{Metrics, PoolSample, chain},
-    tenancy::{Parts, Tenancy},
+    tenancy::{CacheLimits, Parts, Tenancy},
     upkeep::Upkeep,
 };
 
 /// How long saves and releases that run may take at shutdown.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+/// How long the start of a server that shares its store waits for the store's probe.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
 /// How long aborted tasks may take to end.
 const ABORT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -47,8 +59,10 @@ pub struct NodeParts {
     pub clock: SharedClock,
     /// The container engine.
     pub runtime: SharedRuntime,
-    /// The object store, for health only: state goes through `files`.
+    /// The object store, for its health, its owner record and histories: state goes through `files`.
     pub store: SharedStore,
+    /// Whether other servers use the store, too.
+    pub store_mode: Mode,
     /// The slots' directories and the store behind them.
     pub files: SharedFiles,
     /// The durable record.
@@ -61,6 +75,8 @@ pub struct NodeParts {
     pub runner: Runner,
     /// Seals stored secrets.
     pub master_key: Option<MasterKey>,
+    /// Opens and seals state, as `files` does.
+    pub encryption: Encryption,
     /// This installation's identity.
     pub instance: String,
     /// Identifies this boot of the machine.
@@ -71,6 +87,8 @@ pub struct NodeParts {
     pub max_containers: u32,
     /// `BOILERHOUSE_IDLE_TIMEOUT_MS`
     pub idle_timeout_ms: u64,
+    /// `BOILERHOUSE_CACHE_MAX_MB` and `BOILERHOUSE_CACHE_MIN_FREE_MB`
+    pub cache: CacheLimits,
     /// Where a test may stop the node.
     pub crash: CrashPoints,
 }
@@ -122,6 +140,24 @@ pub enum Error {
     /// The store's configuration is wrong.
     #[error("store cannot be used")]
     Store(#[source] store::Error),
+    /// The store cannot be asked for what is in it.
+    #[error("state in the store cannot be read")]
+    History(#[source] state::history::Error),
+    /// The store was to be shared, and would let two servers write the same record.
+    #[error("BOILERHOUSE_STORE_SHARED is true, and this store cannot be shared")]
+    NotShareable(#[source] store::Error),
+    /// State cannot be exported or imported.
+    #[error("state cannot be carried")]
+    Transfer(#[source] Box<state::transfer::Error>),
+    /// What is asked for has to be said more exactly, or is not there.
+    #[error("{0}")]
+    Unclear(String),
+    /// The store's owner cannot be found out or changed.
+    #[error("store's owner cannot be changed")]
+    Owner(#[source] owner::Error),
+    /// It must be said which server runs no more.
+    #[error("say with --from which server runs no more; the store is held by {0}")]
+    TakeWhom(String),
     /// The engine's configuration is wrong.
     #[error("container engine cannot be used")]
     Runtime(#[source] runtime::Error),
@@ -179,6 +215,7 @@ impl Node {
                 clock: Arc::clone(&parts.clock),
                 runtime: Arc::clone(&parts.runtime),
                 files: parts.files,
+                store: Arc::clone(&parts.store),
                 journal: parts.journal,
                 runner: parts.runner,
                 scripts: Arc::new(ArcSwap::from_pointee(parts.set)),
@@ -187,7 +224,10 @@ impl Node {
                 tasks: tasks.clone(),
                 crash: parts.crash,
                 master_key: parts.master_key,
+                encryption: parts.encryption,
                 instance: parts.instance.clone(),
+                mode: parts.store_mode,
+                cache: parts.cache,
             },
             &parts.loaded,
         );
@@ -195,6 +235,8 @@ impl Node {
         tasks.spawn("adopt", async move {
             adopting.adopt(parts.loaded, &parts.boot_id, &parts.store_name).await;
         });
+        let holding = tenancy.clone();
+        tasks.spawn("hold store", async move { holding.hold_store().await });
         let upkeep = Upkeep {
             tenancy: tenancy.clone(),
             pools: pools.clone(),
@@ -224,6 +266,8 @@ impl Node {
         if !late.is_empty() {
             warn!(?late, "tasks did not end in time; the next start goes on with them");
         }
+        // While this server can still be asked about: nobody else claims before it is done.
+        self.tenancy.release_store().await;
         self.tasks.abort();
         let left = self.tasks.wait(ABORT_LIMIT).await;
         if !left.is_empty() {
@@ -235,7 +279,7 @@ impl Node {
     }
 
     async fn wait_for_work(&self, limit: Duration) -> Vec<&'static str> {
-        const SERVICES: [&str; 4] = ["pool", "watch slot", "engine events", "scheduler"];
+        const SERVICES: [&str; 5] = ["pool", "watch slot", "engine events", "scheduler", "hold store"];
         let deadline = tokio::time::Instant::now() + limit;
         loop {
             let mut work = self.tasks.live();
@@ -246,6 +290,61 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+}
+
+/// What an operator's takeover of the store would do.
+pub struct Takeover {
+    store: SharedStore,
+    mode: Mode,
+    /// The store, as `BOILERHOUSE_STORE` names it.
+    pub store_name: String,
+    /// Who is to have it.
+    pub server: String,
+    /// Whose it is now; none: there is nothing to take over.
+    pub from: Vec<OwnerRecord>,
+}
+
+impl Takeover {
+    /// Does it.
+    ///
+    /// # Errors
+    /// [`Error::Owner`]; it may be done in part, and repeated.
+    pub async fn carry_out(&self) -> Result<(), Error> {
+        let nonce = random_hex(&SystemClock, 16);
+        let (store, now_ms) = (self.store.as_ref(), SystemClock.unix_ms());
+        owner::take_over(store, &self.from, &self.server, self.mode, &nonce, now_ms)
+            .await
+            .map_err(Error::Owner)
+    }
+}
+
+/// Finds out what a takeover of the configured store by the configured server would do;
+/// `from` names one of several servers that share it.
+///
+/// # Errors
+/// [`Error::Store`] and [`Error::Owner`]; [`Error::TakeWhom`] when it must be said whose place is taken.
+pub async fn plan_takeover(config: &Config, from: Option<&str>) -> Result<Takeover, Error> {
+    let clock: SharedClock = Arc::new(SystemClock);
+    let (store, store_name) = open_store(config, &clock)?;
+    let server = config::instance(config, &config::machine_id());
+    let mode = if config.store_shared { Mode::Shared } else { Mode::Exclusive };
+    let records = owner::read(store.as_ref()).await.map_err(Error::Owner)?;
+    let mut others: Vec<OwnerRecord> = match owner::tenure(&records) {
+        Tenure::Free => Vec::new(),
+        Tenure::Exclusive(owner) => vec![owner],
+        Tenure::Shared(all) => all.into_values().collect(),
+    };
+    others.retain(|owner| owner.server != server);
+    let known: Vec<String> = others.iter().map(|owner| format!("{:?}", owner.server)).collect();
+    match from {
+        Some(from) => others.retain(|owner| owner.server == from),
+        None if mode == Mode::Shared && others.len() > 1 => return Err(Error::TakeWhom(known.join(", "))),
+        None => {}
+    }
+    if let Some(from) = from.filter(|_| others.is_empty()) {
+        return Err(Error::TakeWhom(format!("{}; {from:?} is not among them", known.join(", "))));
+    }
+    Ok(Takeover { store, store_name, server, mode, from: others })
 }
 
 /// Runs the server until a signal ends it.
@@ -262,12 +361,19 @@ pub async fn serve(config: Config) -> Result<(), Error> {
     let instance = config::instance(&config, &config::machine_id());
     make_dir(&config.state_dir)?;
     let (store, store_name) = open_store(&config, &clock)?;
+    if config.store_shared {
+        check_conditions(&store).await?;
+    }
     let dirs = HostDirs {
         state_dir: config.state_dir.clone(),
         secrets_dir: config.secrets_dir.clone(),
         socket_dir: config.socket_dir.clone(),
     };
-    let files = HostFiles::open(dirs, Arc::clone(&store), Arc::clone(&clock)).map_err(Error::State)?;
+    let key_of_state = master_key.clone().map(Arc::new);
+    let encryption = Encryption::new(key_of_state, config.state_encryption, Arc::clone(&clock))
+        .expect("the configuration was refused without a key");
+    let files = HostFiles::open_encrypted(dirs, Arc::clone(&store), Arc::clone(&clock), encryption.clone())
+        .map_err(Error::State)?;
     for warning in files.warnings() {
         warn!(warning, "directories");
     }
@@ -285,17 +391,20 @@ pub async fn serve(config: Config) -> Result<(), Error> {
         clock,
         runtime,
         store,
+        store_mode: if config.store_shared { Mode::Shared } else { Mode::Exclusive },
         files,
         journal,
         loaded,
         set,
         runner: Runner::new(RunnerOptions::default()),
         master_key,
+        encryption,
         instance: instance.clone(),
         boot_id: read_trimmed("/proc/sys/kernel/random/boot_id").unwrap_or_default(),
         store_name,
         max_containers: config.max_containers,
         idle_timeout_ms: config.idle_timeout_ms,
+        cache: cache_limits(&config),
         crash: crash_points(&config),
     })?;
     node.tasks.spawn("probe store", check_store(Arc::clone(&node.upkeep.store), node.tenancy.clone()));
@@ -353,7 +462,16 @@ fn load_workloads(config: &Config) -> Result<Set, Error> {
         let (folder, image) = (config.workloads_dir.display(), &config.default_image);
         info!(%folder, image, "no workload files; the built-in workload `default` is served");
     }
-    Set::load(&sources, &options).map_err(render)
+    let set = Set::load(&sources, &options).map_err(render)?;
+    let mirrored = set.iter().find(|workload| workload.spec.persist.layout == Layout::Mirror);
+    match mirrored.filter(|_| config.state_encryption) {
+        Some(workload) => Err(Error::Scripts(format!(
+            "{}: persist.layout: \"mirror\" has plain objects, which cannot be sealed, and BOILERHOUSE_STATE_ENCRYPTION is \
+             on (allowed: \"snapshot\", or no encryption)",
+            workload.spec.id
+        ))),
+        None => Ok(set),
+    }
 }
 
 fn open_store(config: &Config, clock: &SharedClock) -> Result<(SharedStore, String), Error> {
@@ -370,10 +488,20 @@ fn open_store(config: &Config, clock: &SharedClock) -> Result<(SharedStore, Stri
     }
 }
 
-/// Gives `/metrics` its text, with the pools as they are at that moment.
+fn cache_limits(config: &Config) -> CacheLimits {
+    let bytes = |mb: u64| mb.saturating_mul(1 << 20);
+    CacheLimits {
+        max_bytes: (config.cache_max_mb > 0).then(|| bytes(config.cache_max_mb)),
+        min_free_bytes: bytes(config.cache_min_free_mb),
+    }
+}
+
+/// Gives `/metrics` its text, with the pools and the cache as they are at that moment.
 fn metrics_text(node: &Node) -> impl Fn() -> String + Send + Sync + use<> {
-    let (metrics, pools) = (Arc::clone(&node.metrics), node.pools.clone());
+    let (metrics, pools, tenancy) = (Arc::clone(&node.metrics), node.pools.clone(), node.tenancy.clone());
     move || {
+        let cache = tenancy.cache_size();
+        metrics.set_cache(cache.trees, cache.bytes);
         let samples: Vec<_> = pools.status().into_iter().map(pool_sample).collect();
         metrics.encode(&samples)
     }
@@ -413,9 +541,26 @@ async fn check_engine(runtime: &SharedRuntime) -> Result<(), Error> {
     }
 }
 
+/// Refuses to share a store that answers and ignores conditions. One that does not answer is
+/// probed again before it is taken.
+async fn check_conditions(store: &SharedStore) -> Result<(), Error> {
+    match tokio::time::timeout(PROBE_LIMIT, store.probe()).await {
+        Ok(Err(error)) if error.is_unconditional() => Err(Error::NotShareable(error)),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
 /// Probes the store beside everything else: one that is down does not keep the server down.
 async fn check_store(store: SharedStore, tenancy: Tenancy) {
     if let Err(error) = store.probe().await {
+        if error.is_unconditional() {
+            // Without a second writer nothing of ours meets itself: one server can use it.
+            warn!(
+                error = &error as &dyn std::error::Error,
+                "store ignores conditions; nothing but this server may ever write to it"
+            );
+            return;
+        }
         error!(
             error = &error as &dyn std::error::Error,
             "store does not work yet; claims that need it fail until it does"

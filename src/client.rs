@@ -14,7 +14,10 @@ use reqwest::{
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
-use crate::model::{Epoch, Secret, TenantId, WorkloadId};
+use crate::{
+    model::{Epoch, Secret, TenantId, WorkloadId},
+    tenancy::Side,
+};
 
 /// How long reaching the server may take.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -214,6 +217,109 @@ impl Client {
     /// See [`Client::claim`].
     pub async fn sync(&self, tenant: &TenantId, workload: Option<&WorkloadId>) -> Result<Value, Error> {
         self.work(tenant, "sync", workload_body(workload)).await
+    }
+
+    /// Brings a tenant's newest state to the server's node before its claim.
+    ///
+    /// # Errors
+    /// See [`Client::claim`].
+    pub async fn prefetch(&self, tenant: &TenantId, workload: Option<&WorkloadId>) -> Result<Value, Error> {
+        self.work(tenant, "prefetch", workload_body(workload)).await
+    }
+
+    /// Lists a tenant's snapshots, newest first.
+    ///
+    /// # Errors
+    /// See [`Client::claim`].
+    pub async fn snapshots(
+        &self,
+        tenant: &TenantId,
+        workload: Option<&WorkloadId>,
+        before: Option<u64>,
+        limit: Option<u64>,
+    ) -> Result<Value, Error> {
+        let numbers = [("before", before), ("limit", limit)]
+            .map(|(name, number)| (name, number.map(|number| number.to_string())));
+        let mut query: Vec<(&str, &str)> =
+            workload.map(|workload| ("workload", workload.as_str())).into_iter().collect();
+        query.extend(numbers.iter().filter_map(|(name, number)| Some((*name, number.as_deref()?))));
+        let path = ["tenants", tenant.as_str(), "snapshots"];
+        self.call(Method::GET, &path, &query, None, ANSWER_DEADLINE).await
+    }
+
+    /// Makes an old snapshot of a tenant the newest state again.
+    ///
+    /// # Errors
+    /// See [`Client::claim`].
+    pub async fn restore(
+        &self,
+        tenant: &TenantId,
+        workload: Option<&WorkloadId>,
+        snapshot: u64,
+    ) -> Result<Value, Error> {
+        let mut body = workload_body(workload);
+        body.insert("snapshot".to_owned(), snapshot.into());
+        self.work(tenant, "restore", body).await
+    }
+
+    /// Decides whose state stands when a server's is in conflict with the store's.
+    ///
+    /// # Errors
+    /// See [`Client::claim`].
+    pub async fn resolve(
+        &self,
+        tenant: &TenantId,
+        workload: Option<&WorkloadId>,
+        keep: Side,
+        discard: bool,
+    ) -> Result<Value, Error> {
+        let mut body = workload_body(workload);
+        body.insert("keep".to_owned(), json!(keep));
+        body.insert("discard".to_owned(), discard.into());
+        self.work(tenant, "resolve", body).await
+    }
+
+    /// Gives a tenant without state a copy of another's snapshot.
+    ///
+    /// # Errors
+    /// See [`Client::claim`].
+    pub async fn fork(
+        &self,
+        tenant: &TenantId,
+        from: &TenantId,
+        workload: Option<&WorkloadId>,
+        snapshot: Option<u64>,
+    ) -> Result<Value, Error> {
+        let mut body = workload_body(workload);
+        body.insert("from".to_owned(), from.as_str().into());
+        if let Some(snapshot) = snapshot {
+            body.insert("snapshot".to_owned(), snapshot.into());
+        }
+        self.work(tenant, "fork", body).await
+    }
+
+    /// Erases a tenant everywhere.
+    ///
+    /// # Errors
+    /// See [`Client::claim`].
+    pub async fn erase(&self, tenant: &TenantId) -> Result<Value, Error> {
+        self.call(Method::DELETE, &["tenants", tenant.as_str()], &[], None, WORK_DEADLINE).await
+    }
+
+    /// Removes from the store what no kept snapshot needs, of all tenants or of one.
+    ///
+    /// # Errors
+    /// See [`Client::claim`].
+    pub async fn collect(
+        &self,
+        tenant: Option<&TenantId>,
+        workload: Option<&WorkloadId>,
+    ) -> Result<Value, Error> {
+        let mut body = workload_body(workload);
+        if let Some(tenant) = tenant {
+            body.insert("tenant".to_owned(), tenant.as_str().into());
+        }
+        self.call(Method::POST, &["state", "gc"], &[], Some(Value::Object(body)), WORK_DEADLINE).await
     }
 
     /// Shows a tenant's claims and snapshots.

@@ -47,6 +47,17 @@ pub fn random_below(clock: &dyn Clock, bound: u64) -> u64 {
     u64::from_le_bytes(bytes).checked_rem(bound).unwrap_or(0)
 }
 
+/// Writes a time, milliseconds since the Unix epoch, as `2026-01-31 23:59:59 UTC`.
+pub fn utc(unix_ms: u64) -> String {
+    let seconds = i64::try_from(unix_ms / 1_000).ok();
+    let Some(time) = seconds.and_then(|seconds| time::OffsetDateTime::from_unix_timestamp(seconds).ok())
+    else {
+        return format!("{unix_ms} ms after 1970");
+    };
+    let ((year, month, day), (hour, minute, second)) = (time.to_calendar_date(), time.to_hms());
+    format!("{year:04}-{:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC", u8::from(month))
+}
+
 // === impl SystemClock ===
 
 impl Clock for SystemClock {
@@ -105,6 +116,17 @@ impl Clock for SeededClock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_is_written_for_people() {
+        for (ms, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_827_696_999, "2000-02-29 12:34:56 UTC"),
+            (u64::MAX, "18446744073709551615 ms after 1970"),
+        ] {
+            assert_eq!(utc(ms), text);
+        }
+    }
 
     #[tokio::test]
     async fn one_seed_gives_one_sequence() {

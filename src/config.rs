@@ -52,6 +52,12 @@ pub struct Config {
     pub default_image: String,
     /// `BOILERHOUSE_STORE`
     pub store: StoreLocation,
+    /// Whether other servers use the store, too.
+    pub store_shared: bool,
+    /// MiB that state of tenants who are not claimed may take on this node; 0: any.
+    pub cache_max_mb: u64,
+    /// MiB that are to stay free on its disk.
+    pub cache_min_free_mb: u64,
     /// The standard `AWS_*` variables.
     pub aws: Aws,
     /// `BOILERHOUSE_WORKLOADS_DIR`
@@ -62,6 +68,8 @@ pub struct Config {
     pub api_tokens_file: Option<PathBuf>,
     /// `BOILERHOUSE_MASTER_KEY_FILE`
     pub master_key_file: Option<PathBuf>,
+    /// Whether what goes to the store is sealed: `BOILERHOUSE_STATE_ENCRYPTION`
+    pub state_encryption: bool,
     /// `BOILERHOUSE_INSTANCE`; none: derived from the machine and the state directory.
     pub instance: Option<String>,
     /// `DOCKER_HOST`; none: the local socket.
@@ -104,6 +112,27 @@ pub struct Aws {
     pub region: String,
     /// `AWS_ENDPOINT_URL_S3`, else `AWS_ENDPOINT_URL`; without a slash at its end.
     pub endpoint_url: Option<String>,
+    /// `AWS_S3_FORCE_PATH_STYLE`; none: by path where there is an endpoint or a
+    /// dot in the bucket's name.
+    pub force_path_style: Option<bool>,
+    /// `AWS_CA_BUNDLE`
+    pub ca_bundle: Option<PathBuf>,
+    /// `AWS_PROFILE`
+    pub profile: Option<String>,
+    /// `AWS_SHARED_CREDENTIALS_FILE`
+    pub shared_credentials_file: Option<PathBuf>,
+    /// `AWS_CONFIG_FILE`
+    pub config_file: Option<PathBuf>,
+    /// `AWS_CONTAINER_CREDENTIALS_RELATIVE_URI`
+    pub container_relative_uri: Option<String>,
+    /// `AWS_CONTAINER_CREDENTIALS_FULL_URI`
+    pub container_full_uri: Option<String>,
+    /// `AWS_CONTAINER_AUTHORIZATION_TOKEN`
+    pub container_token: Option<Secret>,
+    /// `AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE`
+    pub container_token_file: Option<PathBuf>,
+    /// `AWS_EC2_METADATA_SERVICE_ENDPOINT`; without a slash at its end.
+    pub metadata_endpoint: Option<String>,
 }
 
 // === impl Config ===
@@ -148,6 +177,16 @@ impl Config {
 }
 
 // === impl StoreLocation ===
+
+impl StoreLocation {
+    /// Reads a place as `BOILERHOUSE_STORE` names it.
+    ///
+    /// # Errors
+    /// Words that say what is wrong with it, and what is allowed.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        values::store(text)
+    }
+}
 
 impl fmt::Display for StoreLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

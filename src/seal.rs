@@ -1,4 +1,4 @@
-//! Secrets at rest: sealed with the operator's master key.
+//! Secrets at rest, and state where asked for: sealed with the operator's master key.
 //!
 //! # Format
 //! ```text
@@ -9,6 +9,8 @@
 //! secret is (see [`context`]), are authenticated with it, so that a blob that
 //! was moved to another tenant or name does not open. The nonce is random; 24
 //! bytes of it do not repeat in practice.
+
+mod body;
 
 use std::{
     fs::{File, OpenOptions},
@@ -26,6 +28,8 @@ use zeroize::Zeroizing;
 
 use crate::{clock::Clock, model::Secret};
 
+pub use body::{HEAD_BYTES, StateKey, TAIL_BYTES, sealed_by};
+
 const VERSION: u8 = 1;
 const KEY_BYTES: usize = 32;
 const KEY_ID_BYTES: usize = 8;
@@ -40,9 +44,11 @@ const KEY_FILE_MAX_BYTES: u64 = 1_024;
 const ALLOWED: &str = "32 bytes, as they are, as 64 hexadecimal characters, or as base64 \
      (e.g. made by: openssl rand -base64 32)";
 
-/// The key that stored secrets are sealed with.
+/// The key that stored secrets are sealed with, and, where asked for, stored state.
+#[derive(Clone)]
 pub struct MasterKey {
     cipher: XChaCha20Poly1305,
+    state_root: Zeroizing<[u8; KEY_BYTES]>,
     id: [u8; KEY_ID_BYTES],
 }
 
@@ -137,10 +143,11 @@ impl MasterKey {
         let cipher_key =
             Zeroizing::new(blake3::derive_key("boilerhouse 2026-01 tenant secrets XChaCha20-Poly1305", key));
         let id_key = Zeroizing::new(blake3::derive_key("boilerhouse 2026-01 tenant secrets key id", key));
+        let state_root = Zeroizing::new(blake3::derive_key("boilerhouse 2026-11 tenant state", key));
         let mut id = [0; KEY_ID_BYTES];
         id.copy_from_slice(&id_key[..KEY_ID_BYTES]);
         let cipher = XChaCha20Poly1305::new_from_slice(&*cipher_key).expect("the derived key has 32 bytes");
-        Self { cipher, id }
+        Self { cipher, state_root, id }
     }
 
     /// Seals `plain` for `context`; the result is 49 bytes longer.

@@ -17,8 +17,8 @@ use boilerhouse::{
     },
     script::{Hook, LoadOptions, Set, SourceFile, Sources},
     tenancy::{
-        ClaimAnswer, ClaimStatus, ContainerAnswer, Endpoints, ReleaseAnswer, ReleaseState, StateAnswer,
-        TenantStatus,
+        ClaimAnswer, ClaimStatus, ContainerAnswer, Endpoints, PrefetchAnswer, ReleaseAnswer, ReleaseState,
+        StateAnswer, TenantStatus,
     },
 };
 
@@ -181,7 +181,18 @@ fn example_answers_have_the_fields_of_real_ones() {
         }],
         snapshots: BTreeMap::from([(workload(), snapshot)]),
     };
+    let prefetch = PrefetchAnswer {
+        tenant: tenant(),
+        workload: workload(),
+        cached: true,
+        snapshot: Some(7),
+        fetched_bytes: 412,
+        files: 1,
+        bytes: 9,
+        reason: None,
+    };
     let answers = [
+        ("prefetch", serde_json::to_value(prefetch).unwrap()),
         ("claim", serde_json::to_value(claim).unwrap()),
         ("release", serde_json::to_value(release).unwrap()),
         ("status", serde_json::to_value(status).unwrap()),

@@ -20,6 +20,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+#[path = "http/history.rs"]
+mod history;
 mod support;
 
 use support::node::{TestNode, World};
@@ -202,6 +204,7 @@ async fn readiness_goes_from_starting_to_ready_and_degraded() {
         ("POST", "/tenants/alice/release"),
         ("POST", "/tenants/alice/touch"),
         ("POST", "/tenants/alice/sync"),
+        ("POST", "/tenants/alice/prefetch"),
     ] {
         let response = server.request(method, path).bearer_auth(ALICE).send().await.unwrap();
         assert_eq!(response.headers()["retry-after"], "1", "{path}");
@@ -264,7 +267,7 @@ async fn unknown_routes_and_methods_are_problems() {
     let rows = [
         ("GET", "/tenants/a/claim", vec!["POST"]),
         ("POST", "/pools", vec!["GET", "HEAD"]),
-        ("GET", "/tenants/a", vec!["PUT"]),
+        ("GET", "/tenants/a", vec!["DELETE", "PUT"]),
         ("POST", "/tenants/a/secrets/k", vec!["DELETE", "PUT"]),
         ("OPTIONS", "/api/v1/pools", vec!["GET", "HEAD"]),
     ];
@@ -296,6 +299,8 @@ async fn bad_input_names_the_field() {
         ("POST", "/tenants/a/release", r#"{"wait": "long"}"#, 422, "invalid_field", Some("wait")),
         ("POST", "/tenants/a/touch", r#"{"epoch": 1}"#, 422, "unknown_field", Some("epoch")),
         ("POST", "/tenants/a/sync?workload=x&workload=x", "{}", 422, "invalid_field", Some("workload")),
+        ("POST", "/tenants/a/prefetch", r#"{"snapshot": 1}"#, 422, "unknown_field", Some("snapshot")),
+        ("POST", "/tenants/a/prefetch?workload=x", r#"{"workload": "y"}"#, 422, "invalid_field", Some("workload")),
         ("GET", "/tenants/a/status?workload=..", "", 422, "invalid_field", Some("workload")),
         ("PUT", "/tenants/a", "", 422, "invalid_field", Some("metadata")),
         ("PUT", "/tenants/a", r#"{"metadata": []}"#, 422, "invalid_field", Some("metadata")),
@@ -371,6 +376,67 @@ async fn without_tokens_only_this_machine_is_served() {
     let server = Server::start(tokens()).await;
     let answer = server.raw("GET /healthz HTTP/1.1\r\nHost: bh.example\r\nConnection: close\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+/// A tenant's state is brought here by its own token, over HTTP and by the program.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenants_state_is_prefetched() {
+    let mut world = World::new(&[("worker", WORKER)]);
+    // More than any disk has: the cache gives way at once.
+    world.cache.min_free_bytes = 1 << 60;
+    let node = world.start().await;
+    let server = Server::serve(tokens(), node, world).await;
+    let (node, world) = &server.of;
+    let post =
+        async |path: &str, token: &str| server.request("POST", path).bearer_auth(token).send().await.unwrap();
+    let claim = node.claim("alice").await.unwrap();
+    node.write(&claim, "file", "content");
+    assert_eq!(
+        post("/tenants/alice/release", ALICE).await.json::<Value>().await.unwrap()["state"],
+        "durable"
+    );
+    let evict = async || {
+        support::node::wait_for("it is at rest", || node.node.tenancy.cache_size().trees == 1).await;
+        node.node.tenancy.trim_cache().await;
+        assert_eq!(node.node.tenancy.cache_size().trees, 0);
+    };
+    evict().await;
+    let first = post("/tenants/alice/prefetch", ALICE).await;
+    assert_eq!(first.status(), 200);
+    let first = first.json::<Value>().await.unwrap();
+    let fetched = first["fetched_bytes"].as_u64().unwrap();
+    let expected = json!({
+        "tenant": "alice", "workload": "worker", "cached": true, "snapshot": first["snapshot"],
+        "fetched_bytes": fetched, "files": 1, "bytes": 7,
+    });
+    assert_eq!(first, expected);
+    assert!(fetched > 0 && first["snapshot"].is_u64(), "{first}");
+    let again = post("/api/v1/tenants/alice/prefetch?workload=worker", ADMIN).await;
+    assert_eq!(again.json::<Value>().await.unwrap()["fetched_bytes"], 0);
+    let none = post("/tenants/bob/prefetch", ADMIN).await.json::<Value>().await.unwrap();
+    assert_eq!((&none["cached"], none.get("snapshot")), (&json!(false), None));
+    problem(post("/tenants/bob/prefetch", ALICE).await, 403, "forbidden").await;
+    problem(post("/tenants/alice/prefetch?workload=x", ALICE).await, 404, "unknown_workload").await;
+
+    evict().await;
+    world.store.set_down(true);
+    let refused = post("/tenants/alice/prefetch", ALICE).await;
+    assert_eq!(refused.headers()["retry-after"], "1");
+    problem(refused, 503, "store_unavailable").await;
+    world.store.set_down(false);
+
+    let url = server.url("");
+    let alice = [("BOILERHOUSE_URL", &*url), ("BOILERHOUSE_TOKEN", ALICE)];
+    let (code, out, err) = program(&["prefetch", "alice"], &alice).await;
+    assert_eq!(code, 0, "{err}");
+    assert!(out.starts_with("alice worker fetched, snapshot "), "{out}");
+    let (_, out, _) = program(&["prefetch", "alice", "--workload", "worker"], &alice).await;
+    assert_eq!(out, "alice worker is on the server already\n");
+    let (_, out, _) = program(&["prefetch", "alice", "--json"], &alice).await;
+    assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["cached"], true);
+    let admin = [("BOILERHOUSE_URL", &*url), ("BOILERHOUSE_TOKEN", ADMIN)];
+    let (_, out, _) = program(&["prefetch", "bob"], &admin).await;
+    assert_eq!(out, "bob worker has no state in the store\n");
 }
 
 #[tokio::test]

@@ -4,63 +4,16 @@ mod support;
 
 use std::{collections::BTreeSet, fs, time::Duration};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use support::{
-    engine::SOCKET,
     images,
+    live::{container, ensure_images, on_s3, workload},
     radosgw::Radosgw,
+    s3_server::{BUCKET, S3Server},
     server::{Home, Server, below, docker, sh, wait_for},
 };
 
 const SOON: Duration = Duration::from_secs(60);
-
-fn workload(id: &str, more: &str) -> String {
-    format!(
-        r#"//! A program that stays up, with its state in /data.
-fn workload() {{
-    #{{
-        id: "{id}",
-        image: "{image}",
-        command: ["/bin/sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done"],
-        pull: "never",
-        volumes: #{{
-            state: #{{ container_path: "/data", mode: "rw" }},
-            secrets: #{{ container_path: "/secrets", mode: "ro" }},
-            comm: #{{ container_path: "/comm", mode: "rw" }},
-        }},
-        resources: #{{ memory_mb: 64, pids: 64, tmpfs_mb: 8 }},
-        stop_grace_ms: 3000,
-        {more}
-    }}
-}}
-"#,
-        image = images::APP
-    )
-}
-
-/// Points an installation at the real S3 server, below a prefix of its own.
-fn on_s3(home: &mut Home) {
-    let s3 = Radosgw::find();
-    let store = format!("s3://{}/{}", s3.bucket, home.instance());
-    home.set("BOILERHOUSE_STORE", &store);
-    home.set("AWS_ENDPOINT_URL", s3.aws.endpoint_url.as_deref().expect("a place"));
-    home.set("AWS_ACCESS_KEY_ID", s3.aws.access_key_id.as_deref().expect("a key"));
-    let secret = s3.aws.secret_access_key.expect("a secret key");
-    home.set("AWS_SECRET_ACCESS_KEY", std::str::from_utf8(secret.expose()).expect("text"));
-    home.set("AWS_REGION", &s3.aws.region);
-}
-
-/// Makes sure that the engine has the images that these tests' workloads name.
-async fn ensure_images() {
-    let docker = bollard::Docker::connect_with_unix(SOCKET, 120, bollard::API_DEFAULT_VERSION)
-        .expect("the engine's socket (see `make setup`)");
-    let docker = docker.negotiate_version().await.expect("the engine answers");
-    images::ensure(&docker).await;
-}
-
-fn container(claim: &Value) -> String {
-    claim["container"]["name"].as_str().expect("a claim names its container").to_owned()
-}
 
 /// Describes a tree as a container sees it: type, mode, owner, size, time, digest, name.
 fn tree(container: &str) -> String {
@@ -145,6 +98,70 @@ async fn the_same_tree_comes_back_on_another_server_from_s3_alone() {
     assert_eq!(there["state"]["source"], "store");
     assert_eq!(tree(&container(&there)), before);
     assert_eq!(there["epoch"], 3, "epochs go on from what the store knows");
+    nothing_leaks(&home, &server).await;
+}
+
+/// The node's cache gives way, by itself, and what is prefetched into it is claimed without
+/// a read of the store.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefetched_tenant_is_claimed_without_reading_the_store() {
+    ensure_images().await;
+    let s3 = S3Server::start().await;
+    let mut home = Home::new("prefetch", &[("worker", &workload("worker", ""))]);
+    let aws = s3.aws();
+    home.set("BOILERHOUSE_STORE", &format!("s3://{BUCKET}/live"));
+    home.set("AWS_ENDPOINT_URL", aws.endpoint_url.as_deref().expect("a place"));
+    home.set("AWS_ACCESS_KEY_ID", aws.access_key_id.as_deref().expect("a key"));
+    let secret = aws.secret_access_key.expect("a secret key");
+    home.set("AWS_SECRET_ACCESS_KEY", std::str::from_utf8(secret.expose()).expect("text"));
+    home.set("BOILERHOUSE_CACHE_MAX_MB", "5");
+    let server = home.start().await;
+    // Content, not the records that say what is newest.
+    let contents = || s3.reads().iter().filter(|key| key.contains("/p/") || key.contains("/c/")).count();
+    let claim = server.claim("acme", json!({})).await;
+    make_tree(&container(&claim));
+    let before = tree(&container(&claim));
+    server.release("acme", "durable").await;
+    let cached = || fs::read_dir(home.path("states/cache")).expect("the cache").count();
+    assert_eq!(cached(), 1);
+    // Each has some 3 MiB: for both of them there is no room.
+    let claim = server.claim("other", json!({})).await;
+    make_tree(&container(&claim));
+    server.release("other", "durable").await;
+    wait_for("the older tree has gone", SOON, async || cached() == 1).await;
+    wait_for("it is counted", SOON, async || {
+        let metrics = server.get("/metrics").await.body;
+        let metrics = metrics.as_str().expect("text");
+        metrics.contains("boilerhouse_cache_evictions_total{reason=\"size\"} 1")
+            && metrics.contains("boilerhouse_cache_trees 1")
+    })
+    .await;
+
+    let answer = server.post("/tenants/acme/prefetch", json!({})).await;
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert!(answer.body["fetched_bytes"].as_u64().is_some_and(|bytes| bytes > 3_000_000), "{answer:?}");
+    assert!(contents() > 0);
+    let reads = || s3.reads().iter().filter(|read| read.starts_with("live/t/")).count();
+    let again = server.post("/tenants/acme/prefetch", json!({})).await;
+    assert_eq!((&again.body["cached"], &again.body["fetched_bytes"]), (&json!(true), &json!(0)), "{again:?}");
+    let before_claim = reads();
+    let claim = server.claim("acme", json!({})).await;
+    assert_eq!(claim["state"]["source"], "cache");
+    assert_eq!(reads(), before_claim, "nothing of any tenant is read");
+    assert_eq!(tree(&container(&claim)), before);
+    server.release("acme", "durable").await;
+    server.stop().await;
+
+    // A server that knows nothing but the store.
+    fs::remove_dir_all(home.path("states")).expect("the state directory can be removed");
+    let server = home.start().await;
+    let answer = server.post("/tenants/acme/prefetch", json!({ "workload": "worker" })).await;
+    assert_eq!(answer.body["cached"], true, "{answer:?}");
+    let before_claim = contents();
+    let claim = server.claim("acme", json!({})).await;
+    assert_eq!(claim["state"]["source"], "cache");
+    assert_eq!(contents(), before_claim, "no content is read for the claim");
+    assert_eq!(tree(&container(&claim)), before);
     nothing_leaks(&home, &server).await;
 }
 

@@ -3,10 +3,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "node/cache.rs"]
+mod cache;
 #[path = "node/campaign.rs"]
 mod campaign;
 #[path = "node/faults.rs"]
 mod faults;
+#[path = "node/fence.rs"]
+mod fence;
+#[path = "node/history.rs"]
+mod history;
+#[path = "node/resolve.rs"]
+mod resolve;
 
 mod support;
 
@@ -19,7 +27,11 @@ use boilerhouse::{
         Runtime as _,
         fake::{FakeExec, Fault, Operation},
     },
-    store::fault::{self, Rule},
+    state::fence::Mode,
+    store::{
+        Store as _,
+        fault::{self, Rule},
+    },
     tenancy::{ClaimRequest, Error, ReleaseState, ReleaseWait},
 };
 use support::node::{INSTANCE, TestNode, World, wait_for};
@@ -124,10 +136,11 @@ async fn the_second_claim_here_moves_no_bytes() {
     node.write(&first, "file", "content");
     durable(&node, "acme").await;
     node.settle().await;
-    let calls = world.store.all_calls();
+    let calls = || fault::Operation::ALL.map(|operation| (operation, world.store.calls(operation)));
+    let before = calls();
     let second = claimed(&node, "acme").await;
     assert_eq!(second.state.source, StateSource::Cache);
-    assert_eq!(world.store.all_calls(), calls, "no store call");
+    assert_eq!(calls(), before, "no store call");
     assert_eq!(node.read(&second, "file").as_deref(), Some("content"));
     assert_eq!(second.epoch, first.epoch.next());
     assert_ne!(second.slot, first.slot, "P4: a slot serves one tenant once");
@@ -204,6 +217,12 @@ async fn p3_an_error_of_the_store_is_never_taken_for_absence() {
                 assert!(retry_after_ms > 0);
                 failed += 1;
                 node.settle().await;
+                // Its end is written to the store; that is not the next claim's call.
+                wait_for("the claim has ended", || {
+                    futures_util::FutureExt::now_or_never(node.status("acme"))
+                        .is_some_and(|status| status.claims.is_empty())
+                })
+                .await;
             }
             Err(error) => panic!("call {nth}: {error:?}"),
         }
@@ -500,6 +519,46 @@ async fn persist_on_release_false_throws_the_state_away() {
     node.check_no_leaks(&world).await;
 }
 
+/// The layout `mirror` under a whole node: plain objects that a claim comes back from,
+/// deletions with the save that has them, and only the newest to go back to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirrored_tenant_is_claimed_released_and_claimed_again() {
+    let script = WORKER.replace("pool:", "persist: #{ layout: \"mirror\" }, pool:");
+    let world = World::new(&[("worker", &script)]);
+    let node = world.start().await;
+    let plain = async || {
+        let listed = world.objects.list("t/", None, 1_000).await.unwrap();
+        let names =
+            listed.into_iter().filter_map(|it| it.key.split_once("/f/").map(|(_, name)| name.to_owned()));
+        names.collect::<Vec<_>>()
+    };
+    let first = claimed(&node, "acme").await;
+    node.write(&first, "my file.txt", "one");
+    node.write(&first, "gone", "soon");
+    durable(&node, "acme").await;
+    assert_eq!(plain().await, ["gone", "my file.txt"]);
+    let second = claimed(&node, "acme").await;
+    assert_eq!(node.read(&second, "my file.txt").as_deref(), Some("one"));
+    node.write(&second, "my file.txt", "two");
+    std::fs::remove_file(world.dir.path().join(format!("states/slots/{}/state/gone", second.slot))).unwrap();
+    durable(&node, "acme").await;
+    assert_eq!(plain().await, ["my file.txt"]);
+    // Back to the newest discards the node's copy: the next claim comes from the objects.
+    let tenant = TenantId::new("acme").unwrap();
+    let page = node.node.tenancy.snapshots(tenant.clone(), None, None, None).await.unwrap();
+    let numbers: Vec<u64> = page.snapshots.iter().map(|snapshot| snapshot.number).collect();
+    let back = |snapshot| boilerhouse::tenancy::RestoreRequest { workload: None, snapshot };
+    let error = node.node.tenancy.restore(tenant.clone(), back(numbers[1])).await.unwrap_err();
+    assert!(matches!(&error, Error::UnknownSnapshot { problem } if problem.contains("mirror")), "{error:?}");
+    node.node.tenancy.restore(tenant, back(numbers[0])).await.unwrap();
+    let third = claimed(&node, "acme").await;
+    assert_eq!(third.state.source, StateSource::Store);
+    assert_eq!(node.read(&third, "my file.txt").as_deref(), Some("two"));
+    assert_eq!(node.read(&third, "gone"), None);
+    durable(&node, "acme").await;
+    node.check_no_leaks(&world).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_and_unknown_state_are_left_alone_or_set_aside() {
     let world = World::new(&[("worker", WORKER)]);
@@ -589,6 +648,40 @@ async fn p8_an_unknown_outcome_is_looked_up_before_anything_is_decided() {
     }
 }
 
+/// A release that waits for a claim which then does not come up finds nothing to release,
+/// and says so: nothing was discarded.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_of_a_claim_that_never_came_up_says_that_nothing_was_claimed() {
+    for persist in ["", "persist: #{ on_release: false }, "] {
+        let script = WORKER.replace("pool:", &format!("{persist}pool:"));
+        let world = World::new(&[("worker", &script)]);
+        let node = world.start().await;
+        node.settle().await;
+        let slow = Rule::next(fault::Fault::Delay(Duration::from_millis(500)));
+        world.store.add(slow.of(fault::Operation::Create));
+        let release = async {
+            wait_for("the claim has begun", || {
+                let status = futures_util::FutureExt::now_or_never(node.status("acme"));
+                status.is_some_and(|status| !status.claims.is_empty())
+            })
+            .await;
+            // Its `open` is made, and cannot be read back.
+            world.store.set_down(true);
+            node.release("acme").await
+        };
+        let (claim, release) = tokio::join!(node.claim("acme"), release);
+        let error = claim.unwrap_err();
+        assert_eq!(error.code(), "store_unavailable", "{error:?}");
+        let answer = release.unwrap();
+        assert_eq!(answer.state, ReleaseState::NotClaimed, "{answer:?}");
+        assert_eq!(answer.epoch, None);
+        world.store.set_down(false);
+        claimed(&node, "acme").await;
+        let expected = if persist.is_empty() { ReleaseState::Durable } else { ReleaseState::Discarded };
+        assert_eq!(node.release("acme").await.unwrap().state, expected);
+    }
+}
+
 /// Every named crash point: the node is killed there, in the middle of a tenant's
 /// day, and the next node finishes or undoes what it finds.
 #[tokio::test(flavor = "multi_thread")]
@@ -600,6 +693,8 @@ async fn p7_a_crash_at_any_point_is_repaired_at_the_next_start() {
         "refill.healthy",
         "claim.taken",
         "claim.claiming",
+        "claim.opening",
+        "claim.opened",
         "claim.filled",
         "claim.secrets",
         "claim.on_claim",
@@ -610,10 +705,14 @@ async fn p7_a_crash_at_any_point_is_repaired_at_the_next_start() {
         "release.moved",
         "release.captured",
         "save.saved",
+        "close.journaled",
+        "close.closed",
         "retire.removed",
         "retire.unmade",
         "sync.paused",
         "sync.saved",
+        "owner.journaled",
+        "owner.taken",
         "adopt.looked",
         "adopt.trees",
         "adopt.strays",
@@ -628,8 +727,19 @@ async fn p7_a_crash_at_any_point_is_repaired_at_the_next_start() {
     }
 }
 
+/// Makes the world in which a day meets `point`: the end of a claim is written for itself
+/// where it saves nothing.
+fn world_with(point: &str) -> World {
+    if !point.starts_with("close.") {
+        return World::new(&[("worker", WORKER)]);
+    }
+    let discarding = WORKER.replace("pool:", "persist: #{ on_release: false }, pool:");
+    let world = World::new(&[("worker", &discarding)]);
+    World { store_mode: Mode::Shared, ..world }
+}
+
 async fn crash_once(point: &str, nth: u32) -> Result<(), String> {
-    let world = World::new(&[("worker", WORKER)]);
+    let world = world_with(point);
     // What the tenant was last told is durable, and what it wrote last.
     let (mut acknowledged, mut written) = (0, 0);
     let node = world.launch();
@@ -668,7 +778,9 @@ async fn crash_once(point: &str, nth: u32) -> Result<(), String> {
     if inspected.is_none_or(|container| container.status != boilerhouse::runtime::ContainerStatus::Running) {
         return Err("the claimed container does not run".to_owned());
     }
-    durable(&node, "acme").await;
+    let released = node.release("acme").await.map_err(|error| format!("release: {error:?}"))?;
+    let expected = if point.starts_with("close.") { ReleaseState::Discarded } else { ReleaseState::Durable };
+    assert_eq!(released.state, expected, "{released:?}");
     node.check_no_leaks(&world).await;
     // And nothing of it depends on this node's disk.
     node.stop().await;

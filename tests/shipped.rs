@@ -10,7 +10,11 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -270,6 +274,118 @@ async fn shell_sandbox_keeps_its_key_and_its_files() {
         let refused = server.post("/tenants/bad/claim", suspended).await;
         assert_eq!((refused.status, &refused.body["code"]), (403, &json!("tenant_suspended")), "{refused:?}");
         nothing_went_wrong(&home);
+    })
+    .await;
+}
+
+/// Redis with an append-only file, which it reads when it starts: so it starts when the
+/// claim says so.
+const APPENDING: &str = r#"//! Redis that writes every command down before it answers.
+fn workload() {
+    #{
+        id: "appending",
+        image: "IMAGE",
+        command: ["sh", "-c", "until [ -e /tmp/claimed ]; do sleep 0.02; done; exec redis-server --dir /data --save '' \
+            --appendonly yes --appendfsync always --auto-aof-rewrite-min-size 64kb --auto-aof-rewrite-percentage 30"],
+        user: "redis",
+        volumes: #{ state: #{ container_path: "/data", mode: "rw" } },
+        activation: #{ exec: ["touch", "/tmp/claimed"] },
+        resources: #{ cpus: 0.5, memory_mb: 256, pids: 64 },
+        pool: #{ min_idle: 1, max: 4 },
+        persist: #{ every_ms: 0 },
+    }
+}
+"#;
+
+/// Sends Redis one write after the other, and counts what it acknowledges.
+struct Writer {
+    client: Child,
+    acknowledged: Arc<AtomicU64>,
+}
+
+impl Writer {
+    /// Writes the keys after number `from`.
+    fn of(container: &str, from: u64) -> Self {
+        let script = format!(
+            "i={from}; v=$(head -c 2000 /dev/zero | tr '\\0' x); \
+             while :; do i=$((i+1)); echo \"SET key:$i $i$v\"; done | redis-cli"
+        );
+        let mut client = Command::new("docker")
+            .args(["exec", container, "/bin/sh", "-c", &script])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("docker runs");
+        let lines = BufReader::new(client.stdout.take().expect("it is piped")).lines();
+        let acknowledged = Arc::new(AtomicU64::new(from));
+        let counter = Arc::clone(&acknowledged);
+        std::thread::spawn(move || {
+            for _ in lines.map_while(Result::ok).take_while(|line| line == "OK") {
+                counter.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        Self { client, acknowledged }
+    }
+
+    fn acknowledged(&self) -> u64 {
+        self.acknowledged.load(Ordering::SeqCst)
+    }
+
+    /// Waits until so many more are.
+    async fn more(&self, more: u64) -> u64 {
+        let least = self.acknowledged() + more;
+        wait_for("Redis has acknowledged more", SOON, async || self.acknowledged() >= least).await;
+        self.acknowledged()
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let _ = self.client.kill();
+        let _ = self.client.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_acknowledged_before_a_checkpoint_survives_the_loss_of_the_node() {
+    with_engine(|engine| async move {
+        debian::ensure_redis(&engine.raw).await;
+        let home = Home::new("appending", &[("appending", &APPENDING.replace("IMAGE", debian::REDIS))]);
+        let mut least = 0;
+        for round in 0..3 {
+            let server = home.start().await;
+            let claim = warm_claim(&server, "acme", json!({})).await;
+            assert_eq!(claim["state"]["source"], if round == 0 { "none" } else { "store" });
+            let name = container(&claim);
+            let redis = |command: &str| sh(&name, &format!("redis-cli -e {command}"));
+            wait_for("Redis answers", SOON, async || {
+                let script = ["exec", &name, "redis-cli", "-e", "ping"];
+                Command::new("docker").args(script).output().is_ok_and(|output| output.status.success())
+            })
+            .await;
+            // What was acknowledged when the last checkpoint began, and no hole in it.
+            let size: u64 = redis("DBSIZE").parse().expect("a number");
+            assert!(size >= least, "round {round}: {size} keys, {least} were acknowledged\n{}", server.log());
+            let missing = "for n = 1, ARGV[1] do local v = redis.call('GET', 'key:' .. n) \
+                           if not v or string.len(v) ~= 2000 + string.len(n) then return n end end return 0";
+            if size > 0 {
+                assert_eq!(redis(&format!("EVAL \"{missing}\" 0 {size}")), "0", "round {round}");
+            }
+            let writer = Writer::of(&name, size);
+            for _ in 0..3 {
+                least = writer.more(50).await;
+                let synced = server.post("/tenants/acme/sync", json!({})).await;
+                assert_eq!(synced.status, 200, "{synced:?}\n{}", server.log());
+            }
+            writer.more(50).await;
+            nothing_went_wrong(&home);
+            // Server, container and disk are lost at once.
+            server.kill();
+            for name in home.containers() {
+                support::server::docker(&["rm", "--force", &name]);
+            }
+            drop(writer);
+            fs::remove_dir_all(home.path("states")).expect("the state directory can be removed");
+        }
     })
     .await;
 }

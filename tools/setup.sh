@@ -85,6 +85,8 @@ look() {
       want "redis-tools" "/usr/bin/redis-check-rdb and redis-cli, for the shipped workload redis"
     /usr/bin/python3 -I -S -c 'import http.server' >/dev/null 2>&1 ||
       want "python3" "/usr/bin/python3 with http.server, for the shipped workload http-worker"
+    have zstd || want "zstd" "zstd, for the tests' own reader of the state format"
+    have sqlite3 || want "sqlite3" "sqlite3, to check databases that were restored"
   fi
 }
 

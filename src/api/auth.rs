@@ -191,8 +191,17 @@ mod tests {
                         match *class {
                             "none" => Err(Denied::Unauthenticated),
                             "admin" => Ok(()),
-                            // A tenant's metadata decides its plan: not its own to write.
-                            _ if route.path != "/tenants/{tenant}" && *tenant == Some(&own) => Ok(()),
+                            // A tenant's metadata decides its plan: not its own to write, nor are
+                            // its end and another's state its own to ask for, nor which of two
+                            // states stands.
+                            _ if matches!(
+                                route.path,
+                                "/tenants/{tenant}" | "/tenants/{tenant}/fork" | "/tenants/{tenant}/resolve"
+                            ) =>
+                            {
+                                Err(Denied::Forbidden)
+                            }
+                            _ if *tenant == Some(&own) => Ok(()),
                             _ => Err(Denied::Forbidden),
                         }
                     };

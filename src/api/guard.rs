@@ -3,7 +3,7 @@
 //! A handler sees only what was admitted here; it gets the tenant from
 //! [`Admitted`], never from the path itself.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, str::FromStr, sync::Arc};
 
 use axum::{
     extract::{
@@ -41,6 +41,8 @@ pub(super) struct Admitted {
     tenant: Option<TenantId>,
     name: Option<String>,
     workload: Option<WorkloadId>,
+    /// Query parameters that are a handler's own.
+    query: BTreeMap<String, String>,
     caller: Option<Caller>,
 }
 
@@ -53,6 +55,9 @@ pub(super) struct Of {
 
 /// Extracts `{name}` of the path.
 pub(super) struct Name(pub(super) String);
+
+/// Extracts the parameters of the query beside `workload`, as text.
+pub(super) struct Parameters(BTreeMap<String, String>);
 
 /// Extracts whether the caller is an admin.
 pub(super) struct IsAdmin(pub(super) bool);
@@ -169,7 +174,7 @@ fn admit(
             format!("{} {} takes no body", route.method, route.path),
         ));
     }
-    Ok(Admitted { route, tenant, name, workload, caller })
+    Ok(Admitted { route, tenant, name, workload, query, caller })
 }
 
 fn unauthenticated(unknown: Unknown) -> Problem {
@@ -208,6 +213,25 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let admitted = parts.extensions.get::<Admitted>();
         admitted.and_then(|admitted| admitted.name.clone()).map(Self).ok_or_else(|| not_there("name"))
+    }
+}
+
+impl Parameters {
+    /// Reads one that may be left out; `allowed` says what is expected.
+    pub(super) fn parsed<T: FromStr>(&self, name: &str, allowed: &str) -> Result<Option<T>, Problem> {
+        let Some(text) = self.0.get(name) else { return Ok(None) };
+        let problem =
+            || Problem::invalid_field(name, format!("{text:?} is not {allowed}")).allowed([allowed]);
+        text.parse().map(Some).map_err(|_| problem())
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Parameters {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let admitted = parts.extensions.get::<Admitted>();
+        admitted.map(|admitted| Self(admitted.query.clone())).ok_or_else(|| not_there("query"))
     }
 }
 

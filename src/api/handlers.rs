@@ -16,15 +16,18 @@ use serde_json::{Map, Value};
 
 use super::{
     ApiState, Problem,
-    guard::{IsAdmin, Json, Name, Of},
+    guard::{IsAdmin, Json, Name, Of, Parameters},
     routes::Endpoint,
 };
 use crate::{
     model::{Secret, WorkloadId},
-    tenancy::{self, ClaimRequest, ReleaseRequest, TenantStatus, WorkloadStatus},
+    tenancy::{
+        self, ClaimRequest, CollectRequest, ForkRequest, ReleaseRequest, ResolveRequest, RestoreRequest,
+        TenantStatus, WorkloadStatus,
+    },
 };
 
-/// The body of `touch` and `sync`.
+/// The body of `touch`, `sync` and `prefetch`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct WorkloadBody {
@@ -63,6 +66,13 @@ pub(super) fn handler(endpoint: Endpoint) -> MethodRouter<ApiState> {
         Endpoint::Release => post(release),
         Endpoint::Touch => post(touch),
         Endpoint::Sync => post(sync),
+        Endpoint::Prefetch => post(prefetch),
+        Endpoint::Snapshots => get(snapshots),
+        Endpoint::Restore => post(restore),
+        Endpoint::Resolve => post(resolve),
+        Endpoint::Fork => post(fork),
+        Endpoint::Erase => delete(erase),
+        Endpoint::Collect => post(collect),
         Endpoint::Status => get(status),
         Endpoint::PutTenant => put(put_tenant),
         Endpoint::PutSecret => put(put_secret),
@@ -110,6 +120,58 @@ async fn sync(
     Json(body): Json<WorkloadBody>,
 ) -> Result<Response, Problem> {
     Ok(json(api.tenancy.sync(of.tenant, one_workload(of.workload, body.workload)?).await?))
+}
+
+async fn prefetch(
+    State(api): State<ApiState>,
+    of: Of,
+    Json(body): Json<WorkloadBody>,
+) -> Result<Response, Problem> {
+    Ok(json(api.tenancy.prefetch(of.tenant, one_workload(of.workload, body.workload)?).await?))
+}
+
+async fn snapshots(State(api): State<ApiState>, of: Of, query: Parameters) -> Result<Response, Problem> {
+    let before = query.parsed("before", "the number of a snapshot")?;
+    let limit = query.parsed("limit", "a whole number")?;
+    Ok(json(api.tenancy.snapshots(of.tenant, of.workload, before, limit).await?))
+}
+
+async fn restore(
+    State(api): State<ApiState>,
+    of: Of,
+    Json(mut request): Json<RestoreRequest>,
+) -> Result<Response, Problem> {
+    request.workload = one_workload(of.workload, request.workload)?;
+    Ok(json(api.tenancy.restore(of.tenant, request).await?))
+}
+
+async fn resolve(
+    State(api): State<ApiState>,
+    of: Of,
+    Json(mut request): Json<ResolveRequest>,
+) -> Result<Response, Problem> {
+    request.workload = one_workload(of.workload, request.workload)?;
+    Ok(json(api.tenancy.resolve(of.tenant, request).await?))
+}
+
+async fn fork(
+    State(api): State<ApiState>,
+    of: Of,
+    Json(mut request): Json<ForkRequest>,
+) -> Result<Response, Problem> {
+    request.workload = one_workload(of.workload, request.workload)?;
+    Ok(json(api.tenancy.fork(of.tenant, request).await?))
+}
+
+async fn erase(State(api): State<ApiState>, of: Of) -> Result<Response, Problem> {
+    Ok(json(api.tenancy.erase(of.tenant).await?))
+}
+
+async fn collect(
+    State(api): State<ApiState>,
+    Json(request): Json<CollectRequest>,
+) -> Result<Response, Problem> {
+    Ok(json(api.tenancy.collect(request).await?))
 }
 
 async fn status(State(api): State<ApiState>, of: Of) -> Result<Response, Problem> {

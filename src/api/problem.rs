@@ -9,15 +9,16 @@
 //! | `forbidden` | 403 | the token's scope does not reach this |
 //! | `host_not_allowed`, `origin_not_allowed` | 403 | without tokens: the request does not come from this machine |
 //! | *the script's own* | 403 | a hook rejected the claim |
-//! | `unknown_route`, `unknown_workload`, `not_claimed`, `unknown_secret` | 404 | there is no such thing |
+//! | `unknown_route`, `unknown_workload`, `not_claimed`, `unknown_secret`, `unknown_snapshot` | 404 | there is no such thing |
 //! | `method_not_allowed` | 405 | see the `Allow` header |
 //! | `body_timeout` | 408 | the body did not arrive in time |
-//! | `claim_differs`, `stale_epoch`, `state_conflict` | 409 | the claim or state is not the one asked for |
+//! | `claim_differs`, `stale_epoch`, `state_conflict`, `not_in_conflict` | 409 | the claim or state is not the one asked for |
+//! | `claimed`, `claimed_elsewhere`, `state_not_saved`, `state_exists`, `being_erased` | 409 | it must be over first |
 //! | `body_too_large` | 413 | `detail` has the limit |
 //! | `unsupported_media_type` | 415 | the body is not `application/json` |
 //! | `invalid_field`, `unknown_field`, `workload_required`, `no_master_key` | 422 | `field` is at fault, `allowed` lists what is |
 //! | `retry_after` | 429 | a hook asks to wait |
-//! | `internal`, `hook_failed`, `state_damaged` | 500 | the log has the details under the id in `detail` |
+//! | `internal`, `hook_failed`, `state_damaged`, `state_sealed` | 500 | the log has the details under the id in `detail` |
 //! | `pool_exhausted`, `store_unavailable`, `runtime_unavailable`, `overloaded`, `shutting_down` | 503 | waiting may help |
 //! | `deadline_exceeded` | 504 | the outcome is unknown: ask for the status |
 
@@ -168,6 +169,17 @@ impl From<tenancy::Error> for Problem {
             E::NotClaimed { .. } => of(StatusCode::NOT_FOUND, "not_claimed"),
             E::StaleEpoch { .. } => of(StatusCode::CONFLICT, "stale_epoch").field("epoch"),
             E::StateConflict { .. } => of(StatusCode::CONFLICT, "state_conflict"),
+            E::NotInConflict { .. } => of(StatusCode::CONFLICT, "not_in_conflict"),
+            E::Claimed { .. } => of(StatusCode::CONFLICT, "claimed"),
+            E::ClaimedElsewhere { .. } => of(StatusCode::CONFLICT, "claimed_elsewhere"),
+            E::StateNotSaved { retry_after_ms, .. } => {
+                of(StatusCode::CONFLICT, "state_not_saved").retry_after_ms(retry_after_ms)
+            }
+            E::StateExists { .. } => of(StatusCode::CONFLICT, "state_exists"),
+            E::UnknownSnapshot { .. } => of(StatusCode::NOT_FOUND, "unknown_snapshot").field("snapshot"),
+            E::BeingErased { retry_after_ms, .. } => {
+                of(StatusCode::CONFLICT, "being_erased").retry_after_ms(retry_after_ms)
+            }
             E::Invalid { field, .. } => of(StatusCode::UNPROCESSABLE_ENTITY, "invalid_field").field(field),
             E::Rejected { code, message } => Problem::new(StatusCode::FORBIDDEN, code, message),
             E::RetryAfter { ms } => of(StatusCode::TOO_MANY_REQUESTS, "retry_after").retry_after_ms(ms),
@@ -178,8 +190,12 @@ impl From<tenancy::Error> for Problem {
             E::StoreUnavailable { retry_after_ms, .. } => {
                 of(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable").retry_after_ms(retry_after_ms)
             }
+            E::StoreOwnedElsewhere { retry_after_ms, .. } => {
+                of(StatusCode::SERVICE_UNAVAILABLE, "store_owned_elsewhere").retry_after_ms(retry_after_ms)
+            }
             E::StateOverLimit { .. } => of(StatusCode::UNPROCESSABLE_ENTITY, "state_over_limit"),
             E::StateDamaged { .. } => of(StatusCode::INTERNAL_SERVER_ERROR, "state_damaged"),
+            E::StateSealed { .. } => of(StatusCode::INTERNAL_SERVER_ERROR, "state_sealed"),
             E::Runtime { retry_after_ms, .. } => {
                 of(StatusCode::SERVICE_UNAVAILABLE, "runtime_unavailable").retry_after_ms(retry_after_ms)
             }
@@ -236,6 +252,26 @@ mod tests {
                 409,
                 "state_conflict",
             ),
+            (E::NotInConflict { tenant: tenant(), workload: workload() }, 409, "not_in_conflict"),
+            (E::Claimed { tenant: tenant(), workload: workload() }, 409, "claimed"),
+            (
+                E::ClaimedElsewhere { tenant: tenant(), workload: workload(), server: "b".into() },
+                409,
+                "claimed_elsewhere",
+            ),
+            (
+                E::StateNotSaved {
+                    tenant: tenant(),
+                    workload: workload(),
+                    reason: reason(),
+                    retry_after_ms: 1,
+                },
+                409,
+                "state_not_saved",
+            ),
+            (E::StateExists { tenant: tenant(), workload: workload() }, 409, "state_exists"),
+            (E::UnknownSnapshot { problem: reason() }, 404, "unknown_snapshot"),
+            (E::BeingErased { tenant: tenant(), retry_after_ms: 1 }, 409, "being_erased"),
             (E::Invalid { field: "env.X".into(), problem: reason() }, 422, "invalid_field"),
             (E::Rejected { code: "suspended".into(), message: reason() }, 403, "suspended"),
             (E::RetryAfter { ms: 1 }, 429, "retry_after"),
@@ -246,8 +282,10 @@ mod tests {
                 "pool_exhausted",
             ),
             (E::StoreUnavailable { reason: reason(), retry_after_ms: 1 }, 503, "store_unavailable"),
+            (E::StoreOwnedElsewhere { reason: reason(), retry_after_ms: 1 }, 503, "store_owned_elsewhere"),
             (E::StateOverLimit { reason: reason() }, 422, "state_over_limit"),
             (E::StateDamaged { reason: reason() }, 500, "state_damaged"),
+            (E::StateSealed { reason: reason() }, 500, "state_sealed"),
             (E::Runtime { reason: reason(), retry_after_ms: 1 }, 503, "runtime_unavailable"),
             (E::ActivationFailed { reason: reason() }, 500, "activation_failed"),
             (E::Busy { retry_after_ms: 1 }, 503, "busy"),

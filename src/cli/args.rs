@@ -4,6 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use super::{
+    history::{EraseArgs, ForkArgs, RestoreArgs, SnapshotsArgs},
+    state::StateCommand,
+};
 use crate::model::{TenantId, WorkloadId};
 
 const EXAMPLES: &str = "\
@@ -49,6 +53,19 @@ pub(super) enum Command {
     Touch(TenantArgs),
     /// Save the state of a tenant's claim now, while it goes on
     Sync(TenantArgs),
+    /// Bring a tenant's newest state to the server before its claim
+    Prefetch(TenantArgs),
+    /// List a tenant's snapshots, newest first
+    Snapshots(SnapshotsArgs),
+    /// Make an old snapshot of a tenant the newest state again
+    Restore(RestoreArgs),
+    /// Give a tenant without state a copy of another's snapshot
+    Fork(ForkArgs),
+    /// Erase a tenant everywhere
+    Erase(EraseArgs),
+    /// Verify and clean up what is in the store
+    #[command(subcommand)]
+    State(StateCommand),
     /// List the pools with their slots by phase
     Pools(ServerArgs),
     /// List every slot
@@ -204,6 +221,21 @@ mod tests {
             "boilerhouse release alice --epoch x",
             "boilerhouse pools alice",
             "boilerhouse secrets",
+            "boilerhouse prefetch",
+            "boilerhouse prefetch alice --snapshot 1",
+            "boilerhouse restore alice",
+            "boilerhouse fork alice",
+            "boilerhouse erase",
+            "boilerhouse state verify",
+            "boilerhouse state verify --all alice",
+            "boilerhouse state verify --all --workload web",
+            "boilerhouse state resolve alice",
+            "boilerhouse state resolve alice --keep mine",
+            "boilerhouse state resolve --keep ours",
+            "boilerhouse state export alice",
+            "boilerhouse state import alice",
+            "boilerhouse state import alice --mirror ./alice",
+            "boilerhouse state import alice --owner root ./alice",
             "boilerhouse frobnicate",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).unwrap_err();

@@ -82,6 +82,137 @@ pub(super) fn sync(answer: &Value) -> String {
     )
 }
 
+/// `boilerhouse prefetch`
+pub(super) fn prefetch(answer: &Value) -> String {
+    let of = format!("{} {}", text(answer, "/tenant"), text(answer, "/workload"));
+    let is_cached = answer.pointer("/cached") == Some(&true.into());
+    match (is_cached, number(answer, "/fetched_bytes")) {
+        (true, 0) => format!("{of} is on the server already\n"),
+        (true, fetched) => {
+            format!("{of} fetched, snapshot {} ({} received)\n", text(answer, "/snapshot"), bytes(fetched))
+        }
+        (false, _) if answer.pointer("/reason").is_some() => {
+            format!("{of} is not fetched: {}\n", text(answer, "/reason"))
+        }
+        (false, _) => format!("{of} has no state in the store\n"),
+    }
+}
+
+/// `boilerhouse snapshots`
+pub(super) fn snapshots(answer: &Value, now_ms: u64) -> String {
+    let of = format!("{} {}", text(answer, "/tenant"), text(answer, "/workload"));
+    let rows: Vec<Vec<String>> = list(answer, "/snapshots")
+        .iter()
+        .map(|snapshot| {
+            let mut notes = Vec::new();
+            if snapshot.pointer("/current") == Some(&true.into()) {
+                notes.push("current".to_owned());
+            }
+            if let Some(from) = snapshot.pointer("/restored_from") {
+                notes.push(format!("restored from {}", shown(from)));
+            }
+            if snapshot.pointer("/failed_claim") == Some(&true.into()) {
+                notes.push("of a failed claim".to_owned());
+            }
+            if number(snapshot, "/skipped") > 0 {
+                notes.push(format!("{} entries left out", text(snapshot, "/skipped")));
+            }
+            vec![
+                text(snapshot, "/number"),
+                text(snapshot, "/epoch"),
+                text(snapshot, "/files"),
+                bytes(number(snapshot, "/bytes")),
+                ago(number(snapshot, "/created_ms"), now_ms),
+                notes.join(", "),
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        return format!("{of} has no snapshot\n");
+    }
+    let mut out = table(&["SNAPSHOT", "EPOCH", "FILES", "SIZE", "AGE", "NOTE"], &rows);
+    if let Some(before) = answer.pointer("/next_before") {
+        out += &format!("more: --before {}\n", shown(before));
+    }
+    out
+}
+
+/// `boilerhouse restore` and `boilerhouse fork`
+pub(super) fn restored(answer: &Value) -> String {
+    let from = match answer.pointer("/from") {
+        Some(tenant) => format!("{}'s snapshot {}", shown(tenant), text(answer, "/restored_from")),
+        None => format!("snapshot {}", text(answer, "/restored_from")),
+    };
+    format!(
+        "{} {} begins with {from} from now on, as snapshot {} ({} files, {})\n",
+        text(answer, "/tenant"),
+        text(answer, "/workload"),
+        text(answer, "/snapshot"),
+        text(answer, "/files"),
+        bytes(number(answer, "/bytes")),
+    )
+}
+
+/// `boilerhouse state resolve`
+pub(super) fn resolved(answer: &Value) -> String {
+    let of = format!("{} {}", text(answer, "/tenant"), text(answer, "/workload"));
+    let snapshot = answer.pointer("/snapshot").map(shown);
+    if text(answer, "/kept") == "theirs" {
+        let mut out = match snapshot {
+            Some(snapshot) => format!("{of} begins with the store's snapshot {snapshot}\n"),
+            None => format!("{of} begins empty: the store has no snapshot\n"),
+        };
+        if let Some(path) = answer.pointer("/set_aside") {
+            out += &format!("  the server's state is set aside in {}\n", shown(path));
+        }
+        if answer.pointer("/discarded") == Some(&true.into()) {
+            out += "  the server's state is removed\n";
+        }
+        return out;
+    }
+    let mut out = match snapshot {
+        Some(snapshot) => format!("{of} begins with the server's state, saved as snapshot {snapshot}\n"),
+        None => format!("{of}: the server's state is kept until it is saved: {}\n", text(answer, "/reason")),
+    };
+    if let Some(replaced) = answer.pointer("/replaced") {
+        let replaced = shown(replaced);
+        out +=
+            &format!("  snapshot {replaced} was the newest before; `boilerhouse restore` goes back to it\n");
+    }
+    out
+}
+
+/// `boilerhouse erase`
+pub(super) fn erased(answer: &Value) -> String {
+    let mut out = format!(
+        "{} erased: {} objects of {} workloads removed from the store\n",
+        text(answer, "/tenant"),
+        text(answer, "/objects"),
+        list(answer, "/workloads").len(),
+    );
+    for path in list(answer, "/set_aside") {
+        out += &format!("  {} removed\n", shown(path));
+    }
+    if text(answer, "/proof") != "empty_listing" {
+        out += "  the bucket may keep older versions of what was removed: that it is gone cannot be proved here\n";
+    }
+    out
+}
+
+/// `boilerhouse state gc`
+pub(super) fn collected(answer: &Value) -> String {
+    format!(
+        "{} states looked at: {} records and {} objects removed, {}; {} busy, {} failed, {} uploads given up\n",
+        text(answer, "/keys"),
+        text(answer, "/records"),
+        text(answer, "/objects"),
+        bytes(number(answer, "/bytes")),
+        text(answer, "/busy"),
+        text(answer, "/failed"),
+        text(answer, "/uploads"),
+    )
+}
+
 /// `boilerhouse status`
 pub(super) fn status(answer: &Value, now_ms: u64) -> String {
     let claims = list(answer, "/claims");
@@ -294,6 +425,34 @@ mod tests {
              \x20 port http   172.18.0.5:80\n\
              \x20 state       from the cache: 2 files, 2.0 KiB, snapshot 7\n\
              \x20 output url  http://x\n"
+        );
+    }
+
+    #[test]
+    fn a_decision_says_what_stands_and_where_the_rest_is() {
+        let answer = |more: Value| {
+            let mut answer = json!({"tenant": "a", "workload": "w"});
+            answer.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            answer
+        };
+        let saved = answer(json!({"kept": "ours", "state": "durable", "snapshot": 9, "replaced": 8}));
+        assert_eq!(
+            resolved(&saved),
+            "a w begins with the server's state, saved as snapshot 9\n\
+             \x20 snapshot 8 was the newest before; `boilerhouse restore` goes back to it\n"
+        );
+        let pending = answer(json!({"kept": "ours", "state": "pending", "reason": "no answer"}));
+        assert_eq!(resolved(&pending), "a w: the server's state is kept until it is saved: no answer\n");
+        let aside = answer(json!({"kept": "theirs", "snapshot": 8, "set_aside": "/states/set_aside/x.1"}));
+        assert_eq!(
+            resolved(&aside),
+            "a w begins with the store's snapshot 8\n\
+             \x20 the server's state is set aside in /states/set_aside/x.1\n"
+        );
+        let removed = answer(json!({"kept": "theirs", "discarded": true}));
+        assert_eq!(
+            resolved(&removed),
+            "a w begins empty: the store has no snapshot\n  the server's state is removed\n"
         );
     }
 

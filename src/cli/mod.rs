@@ -8,10 +8,14 @@
 
 mod args;
 mod assignments;
+mod history;
 mod human;
+mod meter;
 mod remote;
 mod server;
+mod state;
 mod table;
+mod transfer;
 
 use std::{
     ffi::OsString,
@@ -85,7 +89,7 @@ pub fn main() -> ExitCode {
 /// Runs one command and returns what to print.
 fn run(cli: Cli, token: Option<&Secret>) -> Result<String, Failure> {
     // Those of the server's side check the values as well.
-    if !matches!(cli.command, Command::Serve | Command::Check(_) | Command::Config) {
+    if !matches!(cli.command, Command::Serve | Command::Check(_) | Command::Config | Command::State(_)) {
         Config::check_names(std::env::vars_os()).map_err(|errors| Failure::Process(errors.to_string()))?;
     }
     match cli.command {
@@ -97,6 +101,12 @@ fn run(cli: Cli, token: Option<&Secret>) -> Result<String, Failure> {
         Command::Status(arguments) => remote::status(arguments, token),
         Command::Touch(arguments) => remote::touch(arguments, token),
         Command::Sync(arguments) => remote::sync(arguments, token),
+        Command::Prefetch(arguments) => remote::prefetch(arguments, token),
+        Command::Snapshots(arguments) => history::snapshots(arguments, token),
+        Command::Restore(arguments) => history::restore(arguments, token),
+        Command::Fork(arguments) => history::fork(arguments, token),
+        Command::Erase(arguments) => history::erase(arguments, token),
+        Command::State(command) => state::run(command, token),
         Command::Pools(arguments) => remote::pools(arguments, token),
         Command::Slots(arguments) => remote::slots(arguments, token),
         Command::Workloads(arguments) => remote::workloads(arguments, token),
@@ -153,6 +163,11 @@ fn problem_text(problem: &client::Problem) -> String {
     let help = match (problem.status, problem.code.as_str()) {
         (401, _) => Some("set BOILERHOUSE_TOKEN to a token of the server's tokens file"),
         (_, "workload_required" | "unknown_workload") => Some("choose one with --workload"),
+        (_, "claimed") => Some("`boilerhouse release TENANT` ends the claim and saves its state"),
+        (_, "state_conflict") => {
+            Some("`boilerhouse state resolve TENANT --keep ours|theirs` decides whose state stands")
+        }
+        (_, "unknown_snapshot") => Some("`boilerhouse snapshots TENANT` lists what there is"),
         (_, "claim_differs") => Some("release the claim first, or claim without what differs"),
         _ => None,
     };

@@ -56,6 +56,12 @@ pub(super) fn sync(of: TenantArgs, token: Option<&Secret>) -> Result<String, Fai
     Ok(shown(&of.server, &answer, human::sync))
 }
 
+pub(super) fn prefetch(of: TenantArgs, token: Option<&Secret>) -> Result<String, Failure> {
+    let client = client(&of.server, token)?;
+    let answer = ask(client.prefetch(&of.tenant, of.workload.as_ref()))?;
+    Ok(shown(&of.server, &answer, human::prefetch))
+}
+
 pub(super) fn pools(server: ServerArgs, token: Option<&Secret>) -> Result<String, Failure> {
     let answer = ask(client(&server, token)?.pools())?;
     Ok(shown(&server, &answer, human::pools))
@@ -90,12 +96,12 @@ pub(super) fn secrets(command: SecretsCommand, token: Option<&Secret>) -> Result
     }
 }
 
-fn client(server: &ServerArgs, token: Option<&Secret>) -> Result<Client, Failure> {
+pub(super) fn client(server: &ServerArgs, token: Option<&Secret>) -> Result<Client, Failure> {
     Ok(Client::new(&server.url, token)?)
 }
 
 /// Waits for an answer on a small runtime of its own.
-fn ask<T>(call: impl Future<Output = Result<T, client::Error>>) -> Result<T, Failure> {
+pub(super) fn ask<T>(call: impl Future<Output = Result<T, client::Error>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -103,7 +109,7 @@ fn ask<T>(call: impl Future<Output = Result<T, client::Error>>) -> Result<T, Fai
     Ok(runtime.block_on(call)?)
 }
 
-fn shown(server: &ServerArgs, answer: &Value, human: impl FnOnce(&Value) -> String) -> String {
+pub(super) fn shown(server: &ServerArgs, answer: &Value, human: impl FnOnce(&Value) -> String) -> String {
     if server.json { format!("{answer:#}\n") } else { human(answer) }
 }
 

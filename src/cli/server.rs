@@ -54,6 +54,6 @@ pub(super) fn config() -> Result<String, Failure> {
 }
 
 /// Reads the configuration from this process's environment and the file it names.
-fn load() -> Result<Config, Failure> {
+pub(super) fn load() -> Result<Config, Failure> {
     Config::load(std::env::vars_os()).map_err(|errors| Failure::Process(errors.to_string()))
 }

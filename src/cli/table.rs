@@ -40,6 +40,11 @@ pub(super) fn printable(text: &str) -> String {
         .collect()
 }
 
+/// Escapes control characters in each line.
+pub(super) fn printable_lines(text: &str) -> String {
+    text.lines().map(|line| printable(line) + "\n").collect()
+}
+
 /// Shows bytes as people read them.
 pub(super) fn bytes(n: u64) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];

@@ -131,6 +131,10 @@ impl Reader<'_> {
                 .into_rust::<u64>()
                 .map(|number| number.to_string())
                 .map_err(|_| format!("expects a whole number without quotes, such as {}", example(setting))),
+            Kind::Truth => value
+                .into_rust::<bool>()
+                .map(|truth| truth.to_string())
+                .map_err(|_| "expects true or false, without quotes".to_owned()),
             Kind::Text | Kind::Secret => {
                 value.into_rust::<String>().map_err(|_| "expects text in quotes".to_owned())
             }

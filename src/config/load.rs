@@ -136,6 +136,19 @@ impl Loader {
         self.host_rule();
         self.directories_rule();
         self.credentials_rule();
+        self.encryption_rule();
+    }
+
+    /// State is never left plain because the key was forgotten.
+    fn encryption_rule(&mut self) {
+        let has_key = self.draft.config.master_key_file.is_some() || self.failed.contains("master_key_file");
+        if self.draft.config.state_encryption && !has_key {
+            let source = self.source_of("state_encryption");
+            self.wrong(
+                source,
+                "on needs a master key; set BOILERHOUSE_MASTER_KEY_FILE; allowed without: off".to_owned(),
+            );
+        }
     }
 
     /// Without tokens anyone who reaches the port could claim any tenant.
@@ -198,8 +211,15 @@ impl Loader {
         }
         let id = config.aws.access_key_id.is_some() || self.failed.contains("aws.access_key_id");
         let secret = config.aws.secret_access_key.is_some() || self.failed.contains("aws.secret_access_key");
+        let aws = &config.aws;
+        let is_elsewhere = aws.shared_credentials_file.is_some()
+            || aws.config_file.is_some()
+            || aws.container_relative_uri.is_some()
+            || aws.container_full_uri.is_some()
+            || aws.metadata_endpoint.is_some();
         let missing = match (id, secret) {
             (true, true) => return,
+            (false, false) if is_elsewhere => return,
             (true, false) => "AWS_SECRET_ACCESS_KEY is",
             (false, true) => "AWS_ACCESS_KEY_ID is",
             (false, false) => "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are",

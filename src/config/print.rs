@@ -40,7 +40,7 @@ fn line(config: &Config, setting: &Setting, name: &str) -> String {
             format!("// {name}: not set ({})", variables.join(" or "))
         }
         (Some(_), Kind::Secret) => format!("// {name}: \"***\", {origin}"),
-        (Some(value), Kind::Number) => format!("{name}: {value}, // {origin}"),
+        (Some(value), Kind::Number | Kind::Truth) => format!("{name}: {value}, // {origin}"),
         (Some(value), Kind::Text) => format!("{name}: {}, // {origin}", quoted(&value)),
     }
 }

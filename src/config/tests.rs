@@ -29,6 +29,7 @@ fn the_defaults_are_the_original_ones() {
     assert_eq!(config.api_port, 3000);
     assert_eq!(config.api_host.to_string(), "127.0.0.1");
     assert_eq!((config.pool_size, config.max_containers, config.idle_timeout_ms), (5, 50, 300_000));
+    assert_eq!((config.cache_max_mb, config.cache_min_free_mb), (0, 1_024));
     assert_eq!(config.state_dir, Path::new("/var/lib/boilerhouse/states"));
     assert_eq!(config.secrets_dir, Path::new("/var/lib/boilerhouse/secrets"));
     assert_eq!(config.socket_dir, Path::new("/var/run/boilerhouse"));
@@ -57,6 +58,8 @@ fn good_values_are_taken() {
         (&[], tokens, "api_host", "0.0.0.0"),
         (&[("BOILERHOUSE_POOL_SIZE", "0")], &[], "pool_size", "0"),
         (&[("BOILERHOUSE_IDLE_TIMEOUT_MS", "0")], &[], "idle_timeout_ms", "0"),
+        (&[("BOILERHOUSE_CACHE_MAX_MB", "20480")], &[], "cache_max_mb", "20480"),
+        (&[("BOILERHOUSE_CACHE_MIN_FREE_MB", "0")], &[], "cache_min_free_mb", "0"),
         (&[("BOILERHOUSE_STATE_DIR", "/x y/ü")], &[], "state_dir", "/x y/ü"),
         (
             &[("BOILERHOUSE_DEFAULT_IMAGE", "r.example:5000/a/b@sha256:0a")],
@@ -83,6 +86,29 @@ fn good_values_are_taken() {
             &[],
             "aws.endpoint_url",
             "https://[::1]:9",
+        ),
+        (&[("AWS_S3_FORCE_PATH_STYLE", "false")], &[], "aws.force_path_style", "false"),
+        (&[("AWS_CA_BUNDLE", "/etc/ca.pem")], &[], "aws.ca_bundle", "/etc/ca.pem"),
+        (
+            &[("BOILERHOUSE_STORE", "s3://bucket"), ("AWS_SHARED_CREDENTIALS_FILE", "/k")],
+            &[],
+            "aws.shared_credentials_file",
+            "/k",
+        ),
+        (
+            &[
+                ("BOILERHOUSE_STORE", "s3://bucket"),
+                ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://localhost:1/x"),
+            ],
+            &[],
+            "aws.container_full_uri",
+            "http://localhost:1/x",
+        ),
+        (
+            &[("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254/")],
+            &[],
+            "aws.metadata_endpoint",
+            "http://169.254.169.254",
         ),
         // Shared with other tools, which take empty as not set.
         (&[("AWS_REGION", ""), ("DOCKER_HOST", "")], &[], "aws.region", "us-east-1"),
@@ -198,6 +224,14 @@ fn bad_values_are_refused_with_their_source_and_what_is_allowed() {
             &[("BOILERHOUSE_STORE", "s3://bucket/x"), ("AWS_SECRET_ACCESS_KEY", "k")],
             &["AWS_ACCESS_KEY_ID is not set"],
         ),
+        (&[("AWS_S3_FORCE_PATH_STYLE", "yes")], &["is neither; allowed: true or false"]),
+        (&[("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "v2/x")], &["is no path of an address; allowed:"]),
+        (
+            &[("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://example.com/x")],
+            &["is no such address; allowed:"],
+        ),
+        (&[("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1.example.com/x")], &["no such address"]),
+        (&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", "169.254.169.254")], &["is no address; allowed:"]),
         (
             &[("BOILERHOUSE_INSTANCE", "Blue")],
             &["\"Blue\" is no identity; allowed: 1 to 32 of a-z 0-9 and -"],
@@ -281,7 +315,7 @@ fn bad_files_are_refused_with_line_and_column() {
         ("(api_port: 1, api_port: 2)", ":1:15: api_port: is given twice"),
         (
             "(aws: 5)",
-            ":1:7: aws: expects (access_key_id: …, secret_access_key: …, session_token: …, region: …, endpoint_url: …)",
+            ":1:7: aws: expects (access_key_id: …, secret_access_key: …, session_token: …, region: …, endpoint_url: …, ",
         ),
         (
             "(aws: (\n  regoin: \"x\"))",
@@ -369,10 +403,22 @@ fn no_secret_is_shown() {
 }
 
 #[test]
+fn state_is_sealed_only_with_a_key() {
+    let key = ("BOILERHOUSE_MASTER_KEY_FILE", "/etc/key");
+    assert!(!load(&[key]).unwrap().state_encryption);
+    assert!(load(&[key, ("BOILERHOUSE_STATE_ENCRYPTION", "on")]).unwrap().state_encryption);
+    for (given, words) in [("on", "set BOILERHOUSE_MASTER_KEY_FILE"), ("yes", "allowed: off, on")] {
+        let error = load(&[("BOILERHOUSE_STATE_ENCRYPTION", given)]).unwrap_err().to_string();
+        assert!(error.contains("BOILERHOUSE_STATE_ENCRYPTION") && error.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn what_is_printed_can_be_loaded_again() {
     let given = [
         ("BOILERHOUSE_API_TOKENS_FILE", "/etc/to\"k\\ens"),
         ("BOILERHOUSE_MASTER_KEY_FILE", "/etc/key\n"),
+        ("BOILERHOUSE_STATE_ENCRYPTION", "on"),
         ("BOILERHOUSE_STORE", "s3://bucket/prefix"),
         ("BOILERHOUSE_INSTANCE", "blue"),
         ("DOCKER_HOST", "tcp://h:1"),

@@ -38,10 +38,66 @@ pub(super) fn count(text: &str, least: u32) -> Result<u32, String> {
     number.ok_or_else(|| format!("is no such number; allowed: {least} to {COUNT_MAX}"))
 }
 
+/// 16 EiB are more than a file system has.
+const MEGABYTES_MAX: u64 = 1 << 44;
+
 pub(super) fn wait_ms(text: &str) -> Result<u64, String> {
     let number = text.parse().ok().filter(|number| *number <= WAIT_MAX_MS);
     number
         .ok_or_else(|| format!("is no number of milliseconds; allowed: 0 (never) to {WAIT_MAX_MS} (a year)"))
+}
+
+/// Reads a size.
+pub(super) fn megabytes(text: &str) -> Result<u64, String> {
+    let number = text.parse().ok().filter(|number| *number <= MEGABYTES_MAX);
+    number.ok_or_else(|| format!("is no number of MiB; allowed: 0 (no bound) to {MEGABYTES_MAX}"))
+}
+
+/// Reads a yes or no.
+pub(super) fn truth(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| "is neither; allowed: true or false".to_owned())
+}
+
+/// Reads a path at the container agent's address.
+pub(super) fn agent_path(text: &str) -> Result<String, String> {
+    let is_plain = |b: u8| b.is_ascii_graphic() && !matches!(b, b'#' | b'@' | b'\\');
+    if text.starts_with('/') && !text.starts_with("//") && text.bytes().all(is_plain) {
+        return Ok(text.to_owned());
+    }
+    Err("is no path of an address; allowed: text that begins with one /".to_owned())
+}
+
+/// Reads the address of a container's credentials: what is asked with a token
+/// leaves this host only encrypted.
+pub(super) fn container_uri(text: &str) -> Result<String, String> {
+    const HOSTS: [&str; 6] =
+        ["127.0.0.1", "localhost", "[::1]", "169.254.170.2", "169.254.170.23", "[fd00:ec2::23]"];
+    let is_plain = |b: u8| b.is_ascii_graphic() && !matches!(b, b'#' | b'@' | b'\\');
+    let host = |rest: &str| rest.split(['/', '?']).next().unwrap_or_default().to_owned();
+    let is_near = |rest: &str| {
+        let host = host(rest);
+        HOSTS
+            .iter()
+            .any(|near| host.strip_prefix(near).is_some_and(|port| port.is_empty() || port.starts_with(':')))
+    };
+    let is_good = match (text.strip_prefix("http://"), text.strip_prefix("https://")) {
+        (Some(rest), _) => is_near(rest),
+        (_, Some(rest)) => !host(rest).is_empty(),
+        _ => false,
+    };
+    if is_good && text.bytes().all(is_plain) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("is no such address; allowed: https://HOST/PATH, and http:// at {}", HOSTS.join(", ")))
+}
+
+/// Reads the address of an instance's metadata service.
+pub(super) fn metadata_endpoint(text: &str) -> Result<String, String> {
+    let rest = text.strip_prefix("http://").unwrap_or_default().trim_end_matches('/');
+    if !rest.is_empty() && is_authority(rest) {
+        return Ok(format!("http://{rest}"));
+    }
+    Err("is no address; allowed: http://HOST[:PORT], mostly http://169.254.169.254".to_owned())
 }
 
 /// Reads a path; a relative one counts from where the server starts.
@@ -60,6 +116,14 @@ pub(super) fn image(text: &str) -> Result<String, String> {
     } else {
         Err("is no image reference; allowed: such as alpine:latest or registry.example:5000/name@sha256:…"
             .to_owned())
+    }
+}
+
+pub(super) fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{text:?} is no switch; allowed: off, on")),
     }
 }
 

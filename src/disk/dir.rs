@@ -58,6 +58,11 @@ impl Dir {
         }
     }
 
+    /// Returns its descriptor.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
     /// Opens a directory by a path of ours, making it and its parents (0700) when absent.
     ///
     /// # Errors
@@ -144,6 +149,18 @@ impl Dir {
             .map_err(|errno| self.error("create", name, errno))
     }
 
+    /// Creates the regular file `name` for writing, with this mode as far as the
+    /// process's umask lets it.
+    ///
+    /// # Errors
+    /// `EEXIST` when anything has this name.
+    pub fn create_file_with_mode(&self, name: &[u8], mode: u32) -> Result<File, Error> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.fd, name, flags, Mode::from_raw_mode(mode))
+            .map(File::from)
+            .map_err(|errno| self.error("create", name, errno))
+    }
+
     /// Opens the directory `name`, making it (0700) when absent.
     ///
     /// # Errors
@@ -178,6 +195,16 @@ impl Dir {
     /// `EEXIST` when anything has this name.
     pub fn make_symlink(&self, name: &[u8], target: &[u8]) -> Result<(), Error> {
         rustix::fs::symlinkat(target, &self.fd, name).map_err(|errno| self.error("symlink", name, errno))
+    }
+
+    /// Makes `new_name` in another directory one more name of the entry `name`; of a
+    /// link itself.
+    ///
+    /// # Errors
+    /// `EEXIST` when anything has the new name, `EMLINK` when there are too many.
+    pub fn link_to(&self, name: &[u8], to: &Dir, new_name: &[u8]) -> Result<(), Error> {
+        rustix::fs::linkat(&self.fd, name, &to.fd, new_name, AtFlags::empty())
+            .map_err(|errno| self.error("link", name, errno))
     }
 
     /// Reads the target of the symbolic link `name`.
@@ -351,6 +378,42 @@ impl Dir {
         rustix::fs::fstatfs(&self.fd)
             .map(|statfs| IN_MEMORY.contains(&(statfs.f_type as u64)))
             .map_err(|errno| self.error("statfs", b"", errno))
+    }
+
+    /// Returns how many bytes its file system has room for.
+    ///
+    /// # Errors
+    /// Whatever the kernel answers.
+    pub fn free_bytes(&self) -> Result<u64, Error> {
+        rustix::fs::fstatvfs(&self.fd)
+            .map(|statvfs| statvfs.f_bavail.saturating_mul(statvfs.f_frsize))
+            .map_err(|errno| self.error("statvfs", b"", errno))
+    }
+
+    /// Reads this directory's extended attributes; see [`super::attributes`].
+    ///
+    /// # Errors
+    /// Whatever the kernel answers.
+    pub fn attributes(&self) -> Result<super::Attributes, Error> {
+        super::attributes(&self.fd).map_err(|source| Error::new("listxattr", self.label(b""), source))
+    }
+
+    /// Sets one of this directory's extended attributes.
+    ///
+    /// # Errors
+    /// Whatever the kernel answers.
+    pub fn set_attribute(&self, name: &[u8], value: &[u8]) -> Result<(), Error> {
+        super::set_attribute(&self.fd, name, value)
+            .map_err(|source| Error::new("setxattr", self.label(b""), source))
+    }
+
+    /// Gives this directory's extended attributes to another; see [`super::copy_attributes`].
+    ///
+    /// # Errors
+    /// Whatever the kernel answers.
+    pub fn copy_attributes_to(&self, to: &Dir) -> Result<(), Error> {
+        super::copy_attributes(&self.fd, &to.fd)
+            .map_err(|source| Error::new("copy attributes of", self.label(b""), source))
     }
 
     /// Locks this directory against every other holder of such a lock, without waiting;

@@ -15,18 +15,26 @@
 mod copy;
 mod dir;
 mod entries;
+mod holes;
+mod links;
 mod path;
 mod removal;
 mod stat;
+mod usage;
+mod xattr;
 
 use std::{io, sync::Arc};
 
 pub use copy::copy_contents;
 pub use dir::{Dir, MAX_NAME_BYTES};
 pub use entries::{Entry, Limits, ListError, Missing, list};
+pub use holes::{HOLE_BYTES, holes};
+pub use links::LinkGroups;
 pub use path::{InvalidPath, is_name, relative_path, split_last};
 pub use removal::{empty, remove};
-pub use stat::{Kind, Stat, Time, set_file_metadata};
+pub use stat::{Kind, Stat, Time, set_file_metadata, set_file_modified, set_new_file_metadata};
+pub use usage::usage;
+pub use xattr::{Attributes, attributes, copy_attributes, is_access_list, is_kept_attribute, set_attribute};
 
 /// Says which call on which path the disk refused, and why.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -65,6 +65,29 @@ pub fn set_file_metadata(file: &File, (uid, gid): (u32, u32), mode: u32, modifie
     Ok(())
 }
 
+/// Gives a file that was just created an owner and permission bits, as far as it
+/// needs them.
+///
+/// # Errors
+/// Whatever the kernel answers.
+pub fn set_new_file_metadata(file: &File, owner: Option<(u32, u32)>, mode: Option<u32>) -> io::Result<()> {
+    if let Some((uid, gid)) = owner {
+        rustix::fs::fchown(file, Some(Uid::from_raw_unchecked(uid)), Some(Gid::from_raw_unchecked(gid)))?;
+    }
+    if let Some(mode) = mode {
+        rustix::fs::fchmod(file, Mode::from_raw_mode(mode))?;
+    }
+    Ok(())
+}
+
+/// Sets an open file's modification time.
+///
+/// # Errors
+/// Whatever the kernel answers.
+pub fn set_file_modified(file: &File, modified: Time) -> io::Result<()> {
+    Ok(rustix::fs::futimens(file, &only_modified(modified))?)
+}
+
 /// Leaves the time of the last access as it is.
 pub(super) fn only_modified(time: Time) -> Timestamps {
     Timestamps {

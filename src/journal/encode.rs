@@ -62,6 +62,12 @@ pub(super) enum Write {
     DropRevision {
         revision: String,
     },
+    BeginErasure {
+        tenant: String,
+    },
+    EndErasure {
+        tenant: String,
+    },
     PutFact {
         name: &'static str,
         value: String,
@@ -119,6 +125,8 @@ impl Write {
             Op::DropSecret(tenant, name) => Self::DropSecret { tenant: tenant.into(), name },
             Op::PutRevision(revision, json) => Self::PutRevision { revision: revision.0, json },
             Op::DropRevision(revision) => Self::DropRevision { revision: revision.0 },
+            Op::BeginErasure(tenant) => Self::BeginErasure { tenant: tenant.into() },
+            Op::EndErasure(tenant) => Self::EndErasure { tenant: tenant.into() },
             Op::PutFact(name, value) => Self::PutFact { name, value },
         })
     }
@@ -180,6 +188,18 @@ impl Write {
                 connection
                     .prepare_cached("DELETE FROM revisions WHERE revision = ?1")?
                     .execute([revision])?;
+            }
+            Self::BeginErasure { tenant } => {
+                connection
+                    .prepare_cached("INSERT INTO erasures (tenant) VALUES (?1) ON CONFLICT DO NOTHING")?
+                    .execute([tenant])?;
+            }
+            Self::EndErasure { tenant } => {
+                for table in ["claims", "trees", "tenants", "secrets", "erasures"] {
+                    connection
+                        .prepare_cached(&format!("DELETE FROM {table} WHERE tenant = ?1"))?
+                        .execute([tenant])?;
+                }
             }
             Self::PutFact { name, value } => {
                 connection

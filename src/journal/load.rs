@@ -63,6 +63,10 @@ pub(super) fn load(connection: &Connection) -> Result<Loaded, Failure> {
     for tenant in statement.query_map([], |row| row.get(0))? {
         loaded.with_secrets.push(tenant_id("secrets", tenant?)?);
     }
+    let mut statement = connection.prepare("SELECT tenant FROM erasures ORDER BY tenant")?;
+    for tenant in statement.query_map([], |row| row.get(0))? {
+        loaded.erasures.push(tenant_id("erasures", tenant?)?);
+    }
     let revisions = pairs(connection, "SELECT revision, json FROM revisions ORDER BY revision")?;
     loaded.revisions = revisions.into_iter().map(|(revision, json)| (Revision(revision), json)).collect();
     loaded.facts = pairs(connection, "SELECT name, value FROM facts")?.into_iter().collect();

@@ -110,6 +110,10 @@ pub enum Op {
     PutRevision(Revision, String),
     /// Forgets a revision that no slot or claim refers to.
     DropRevision(Revision),
+    /// Notes that everything of a tenant is being removed.
+    BeginErasure(TenantId),
+    /// Removes every row of a tenant, the note of its erasure too.
+    EndErasure(TenantId),
     /// Writes a fact of the installation, e.g. `boot_id`.
     PutFact(&'static str, String),
 }
@@ -166,6 +170,15 @@ pub struct ClaimRow {
     pub failed: bool,
     /// The later claim that took over this one's unsaved tree.
     pub superseded_by: Option<Epoch>,
+    /// The term of the store's ownership under which it began; none: before there were any.
+    pub term: Option<u64>,
+    /// Whether the store has the record that it began.
+    pub opened: bool,
+    /// Whether nothing of it is to be saved, and only its end is to be written to the store.
+    pub close: bool,
+    /// The store's newest record, by number, when an operator decided that this claim's tree
+    /// replaces what the store has; 0: there was none. None: nothing was decided.
+    pub decided_on: Option<u64>,
     /// What the request asked for and what it was answered, as JSON of `tenancy`'s own.
     pub detail: serde_json::Value,
     /// When it began, milliseconds since the epoch.
@@ -187,6 +200,8 @@ pub struct TreeRow {
     pub saved: Option<SnapshotRef>,
     /// Who the program ran as.
     pub owner: Option<Owner>,
+    /// The term under which the key was last opened in the store.
+    pub opened: Option<u64>,
 }
 
 /// Everything that was in the journal at start.
@@ -203,6 +218,8 @@ pub struct Loaded {
     pub tenants: Vec<(TenantId, serde_json::Map<String, serde_json::Value>)>,
     /// Tenants that have stored secrets.
     pub with_secrets: Vec<TenantId>,
+    /// Tenants whose erasure was begun.
+    pub erasures: Vec<TenantId>,
     /// Revisions kept: the revision and its JSON.
     pub revisions: Vec<(Revision, String)>,
     /// Facts of the installation.

@@ -19,9 +19,10 @@ pub(super) struct Migration {
 }
 
 /// All steps; step `n` makes version `n + 1`.
-pub(super) const MIGRATIONS: &[Migration] = &[Migration {
-    what: "create the tables",
-    sql: "
+pub(super) const MIGRATIONS: &[Migration] = &[
+    Migration {
+        what: "create the tables",
+        sql: "
         CREATE TABLE slots (
             slot TEXT PRIMARY KEY NOT NULL,
             workload TEXT NOT NULL,
@@ -73,7 +74,23 @@ pub(super) const MIGRATIONS: &[Migration] = &[Migration {
             value TEXT NOT NULL
         ) STRICT, WITHOUT ROWID;
     ",
-}];
+    },
+    Migration {
+        what: "note erasures",
+        sql: "
+        CREATE TABLE erasures (
+            tenant TEXT PRIMARY KEY NOT NULL
+        ) STRICT, WITHOUT ROWID;
+    ",
+    },
+    Migration {
+        what: "note under which ownership of the store a claim began and a key was opened",
+        sql: "
+        UPDATE claims SET row = json_set(row, '$.term', NULL, '$.opened', json('false'), '$.close', json('false'));
+        UPDATE trees SET row = json_set(row, '$.opened', NULL);
+    ",
+    },
+];
 
 /// What stands in the way of a migration.
 #[derive(Debug)]
@@ -147,7 +164,7 @@ mod tests {
     /// A journal out there was made by this very text.
     #[test]
     fn a_released_step_is_never_edited() {
-        let released = ["1ff54ac3bc3601bc"];
+        let released = ["1ff54ac3bc3601bc", "a1b7bed5e6d4b5e5", "e67d5d15c8a4fb4f"];
         let now: Vec<String> = MIGRATIONS
             .iter()
             .map(|step| blake3::hash(step.sql.as_bytes()).to_hex()[..16].to_owned())
@@ -167,6 +184,22 @@ mod tests {
             .unwrap();
         assert_eq!(row, ("x".to_owned(), 7));
         migrate(&mut connection, &steps(NEXT)).unwrap();
+    }
+
+    #[test]
+    fn rows_of_before_terms_say_that_nothing_was_opened() {
+        let mut connection = version_1();
+        connection
+            .execute_batch(
+                "INSERT INTO claims VALUES ('t', 'w', 1, 'active', NULL, '{\"epoch\":1}');
+                 INSERT INTO trees VALUES ('t', 'w', 1, '{\"cached\":true}');",
+            )
+            .unwrap();
+        migrate(&mut connection, MIGRATIONS).unwrap();
+        let row = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, String>(0)).unwrap();
+        let claim = r#"{"epoch":1,"term":null,"opened":false,"close":false}"#;
+        assert_eq!(row("SELECT row FROM claims"), claim);
+        assert_eq!(row("SELECT row FROM trees"), r#"{"cached":true,"opened":null}"#);
     }
 
     #[test]

@@ -43,6 +43,10 @@ fn claim(tenant: &str, epoch: u64, state: ClaimState) -> ClaimRow {
         nonce: None,
         failed: false,
         superseded_by: None,
+        term: Some(3),
+        opened: true,
+        close: false,
+        decided_on: None,
         detail: json!({ "n": epoch }),
         created_ms: 1,
         active_ms: 2,
@@ -84,6 +88,7 @@ fn tree(tenant: &str, epoch: u64) -> TreeRow {
         cached: true,
         saved: Some(saved),
         owner: Some(Owner { uid: 1, gid: 2 }),
+        opened: Some(3),
     }
 }
 
@@ -627,6 +632,9 @@ fn rows_of_version_1_are_read() {
         INSERT INTO secrets VALUES ('t', 'n', x'00ff');
         INSERT INTO revisions VALUES ('r', '{}');
         INSERT INTO facts VALUES ('boot_id', 'x');
+        -- Back to version 1: what came later adds a table, and fields to rows.
+        DROP TABLE erasures;
+        PRAGMA user_version = 1;
         "#,
     );
     let (journal, loaded) = open(&path);

@@ -151,8 +151,25 @@ pub struct Persist {
     pub exclude: Vec<String>,
     /// Snapshots kept.
     pub keep_last: u32,
+    /// Days for which every snapshot is kept; 0: only `keep_last` counts.
+    #[serde(default)]
+    pub keep_days: u32,
     /// The longest pause of the container during a save, in milliseconds.
     pub max_pause_ms: u64,
+    /// How state lies in the store.
+    #[serde(default)]
+    pub layout: Layout,
+}
+
+/// How state lies in the store.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layout {
+    /// Files together in packs, or in chunks; every kept snapshot is whole.
+    #[default]
+    Snapshot,
+    /// One plain object a file, under its own name; only the newest snapshot is whole.
+    Mirror,
 }
 
 /// The network a container is on.
@@ -267,8 +284,15 @@ impl WorkloadSpec {
         let mut made_from = self.clone();
         made_from.name = String::new();
         made_from.pool = PoolSizes { min_idle: 0, max: 0 };
-        made_from.persist =
-            Persist { on_release: true, every_ms: 0, exclude: Vec::new(), keep_last: 1, max_pause_ms: 0 };
+        made_from.persist = Persist {
+            on_release: true,
+            every_ms: 0,
+            exclude: Vec::new(),
+            keep_last: 1,
+            keep_days: 0,
+            max_pause_ms: 0,
+            layout: Layout::Snapshot,
+        };
         made_from.timeouts = BTreeMap::new();
         made_from.stop_grace_ms = 0;
         made_from.resources.state_max_mb = None;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::model::{
     SlotId, WorkloadId, WorkloadSpec,
-    spec::{Activation, Network, Persist, PoolSizes, PullPolicy, Resources, Volumes},
+    spec::{Activation, Layout, Network, Persist, PoolSizes, PullPolicy, Resources, Volumes},
 };
 
 use super::Labels;
@@ -29,7 +29,9 @@ pub(super) fn spec(id: &str, image: &str) -> WorkloadSpec {
             every_ms: 0,
             exclude: Vec::new(),
             keep_last: 1,
+            keep_days: 0,
             max_pause_ms: 0,
+            layout: Layout::Snapshot,
         },
         tmpfs: Vec::new(),
         read_only: true,

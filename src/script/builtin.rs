@@ -88,8 +88,15 @@ mod tests {
         let set = Set::load(&Sources::default(), &LoadOptions::default()).unwrap();
         let command = set.only().unwrap().spec.command.clone().unwrap();
         for signal in ["TERM", "INT"] {
-            let mut shell = Command::new(&command[0]);
-            shell.args(&command[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            // A shell cannot trap what was ignored when it began, and a job in the
+            // background is begun with SIGINT ignored.
+            let mut shell = Command::new("env");
+            shell
+                .arg("--default-signal=INT")
+                .args(&command)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
             let mut group = Group(shell.process_group(0).spawn().unwrap());
             group.settle();
             assert!(group.0.try_wait().unwrap().is_none(), "it stays up");

@@ -15,7 +15,7 @@ use crate::{
     clock::SharedClock,
     disk,
     model::{
-        Epoch, Key, Owner, Secret, SlotId, SnapshotRef,
+        Epoch, Key, Owner, Secret, SlotId, SnapshotRef, TenantId,
         spec::{Volume, VolumeMode, Volumes},
     },
     runtime::plan::Mount,
@@ -23,8 +23,10 @@ use crate::{
 };
 
 use super::{
-    Captured, CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, SaveTree, Saved,
-    SlotFiles, Survey, host::is_secret_name,
+    Base, Captured, CheckpointId, Close, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Head, Open,
+    Prefetched, Save, SaveTree, Saved, SlotFiles, Survey,
+    fence::{self, Closing, Link, Standing},
+    host::is_secret_name,
 };
 
 /// Files by their path; directories are what paths imply.
@@ -71,6 +73,8 @@ struct FakeSlot {
 #[derive(Default)]
 struct FakeStore {
     snapshots: HashMap<Key, Vec<(SnapshotRef, FakeTree)>>,
+    /// The newest record of each key, and its number.
+    heads: HashMap<Key, (u64, Link)>,
     is_down: bool,
 }
 
@@ -224,6 +228,68 @@ impl SlotFiles for FakeFiles {
         self.call("newest", |_| Ok(self.must_be_up(key, "list")?.newest(key)))
     }
 
+    async fn head(&self, key: &Key) -> Result<Option<Head>, Error> {
+        self.call("head", |_| {
+            let store = self.must_be_up(key, "list")?;
+            let head = store.heads.get(key).cloned();
+            Ok(head.map(|(number, link)| Head { number, link, snapshot: store.newest(key) }))
+        })
+    }
+
+    async fn open(&self, open: &Open) -> Result<(), Error> {
+        self.call("open", |_| {
+            let mut store = self.must_be_up(&open.key, "create")?;
+            let server = &open.author.server;
+            let (number, newest) = store.heads.get(&open.key).cloned().unzip();
+            let is_own = newest.as_ref().is_some_and(|link| {
+                link.server.as_ref() == Some(server)
+                    && link.epoch < open.epoch
+                    && (link.tree == open.tree || open.saving.as_ref() == Some(&link.nonce))
+            });
+            if newest.as_ref().is_some_and(|link| link.nonce == open.nonce) {
+                return Ok(());
+            }
+            if number.unwrap_or(0) != open.on_top_of && !is_own {
+                let newest = newest.map_or(Epoch(0), |link| link.epoch);
+                return Err(Error::Fenced { key: open.key.clone(), own: open.epoch, newest });
+            }
+            let link = Link {
+                epoch: open.epoch,
+                nonce: open.nonce.clone(),
+                server: Some(server.clone()),
+                term: open.author.term,
+                holder: Some((server.clone(), open.epoch)),
+                tree: newest.and_then(|link| link.tree),
+            };
+            store.heads.insert(open.key.clone(), (number.unwrap_or(0) + 1, link));
+            Ok(())
+        })
+    }
+
+    async fn close(&self, close: &Close) -> Result<(), Error> {
+        self.call("close", |_| {
+            let mut store = self.must_be_up(&close.key, "create")?;
+            let (number, newest) = store.heads.get(&close.key).cloned().unzip();
+            if fence::close(newest.as_ref(), &close.author.server, close.epoch) == Closing::Done {
+                return Ok(());
+            }
+            let link = Link {
+                epoch: close.epoch,
+                nonce: close.nonce.clone(),
+                server: Some(close.author.server.clone()),
+                term: close.author.term,
+                holder: None,
+                tree: newest.and_then(|link| link.tree),
+            };
+            store.heads.insert(close.key.clone(), (number.unwrap_or(0) + 1, link));
+            Ok(())
+        })
+    }
+
+    async fn fetch(&self, _fill: &Fill) -> Result<u64, Error> {
+        Ok(0)
+    }
+
     async fn fill(&self, fill: &Fill) -> Result<Filled, Error> {
         let now = self.clock.unix_ms();
         self.call("fill", |node| {
@@ -339,12 +405,25 @@ impl SlotFiles for FakeFiles {
         self.call("save", |node| {
             let mut store = self.must_be_up(&save.key, "create")?;
             let newest = store.newest(&save.key);
-            if let Some(newest) = newest.as_ref().filter(|newest| newest.nonce == save.nonce) {
-                return Ok(Saved { snapshot: newest.clone(), sent_bytes: 0, skipped: 0 });
+            let (head, link) = store.heads.get(&save.key).cloned().unzip();
+            if link.is_none() && save.base == Base::Chain {
+                let reason = "the store has no record of it any more".to_owned();
+                return Err(Error::Damaged { key: save.key.clone(), reason });
             }
-            if let Some(newest) = newest.as_ref().filter(|newest| newest.epoch > save.epoch) {
-                let (own, newest) = (save.epoch, newest.epoch);
-                return Err(Error::Fenced { key: save.key.clone(), own, newest });
+            let standing = match save.base {
+                Base::Decided(after) => fence::standing_after(head.zip(link.as_ref()), after, &save.nonce),
+                Base::Any | Base::Chain => {
+                    fence::standing(link.as_ref(), &save.author.server, save.epoch, &save.nonce)
+                }
+            };
+            match (standing, &newest) {
+                (Standing::Committed, Some(snapshot)) => {
+                    return Ok(Saved { snapshot: snapshot.clone(), sent_bytes: 0, skipped: 0 });
+                }
+                (Standing::Fenced(newest), _) => {
+                    return Err(Error::Fenced { key: save.key.clone(), own: save.epoch, newest });
+                }
+                (Standing::Open | Standing::Committed, _) => {}
             }
             let tree = match &save.tree {
                 SaveTree::Cache => node.cache.get(&save.key).cloned(),
@@ -356,7 +435,16 @@ impl SlotFiles for FakeFiles {
                 let reason = format!("the files have {bytes} bytes together");
                 return Err(Error::Limit { key: save.key.clone(), reason });
             }
-            let number = newest.map_or(1, |newest| newest.number + 1);
+            let number = head.unwrap_or(0) + 1;
+            let next = Link {
+                epoch: save.epoch,
+                nonce: save.nonce.clone(),
+                server: Some(save.author.server.clone()),
+                term: save.author.term,
+                holder: link.and_then(|link| link.holder).filter(|_| !save.is_last),
+                tree: Some(save.nonce.clone()),
+            };
+            store.heads.insert(save.key.clone(), (number, next));
             let snapshot = SnapshotRef {
                 number,
                 epoch: save.epoch,
@@ -369,6 +457,37 @@ impl SlotFiles for FakeFiles {
             store.snapshots.entry(save.key.clone()).or_default().push((snapshot.clone(), tree));
             Ok(Saved { snapshot, sent_bytes: bytes, skipped: 0 })
         })
+    }
+
+    async fn prefetch(&self, key: &Key, snapshot: &SnapshotRef) -> Result<Prefetched, Error> {
+        self.call("prefetch", |node| {
+            let tree = self.must_be_up(key, "get")?.tree(key, snapshot)?;
+            node.cache.insert(key.clone(), tree);
+            // This fake forgets whose files they are.
+            Ok(Prefetched { fetched_bytes: snapshot.bytes, owner: Owner { uid: 0, gid: 0 } })
+        })
+    }
+
+    async fn evict(&self, key: &Key) -> Result<(), Error> {
+        self.call("evict", |node| {
+            node.cache.remove(key);
+            Ok(())
+        })
+    }
+
+    async fn remove_evicted(&self) -> Result<(), Error> {
+        self.call("remove_evicted", |_| Ok(()))
+    }
+
+    async fn cached_bytes(&self, key: &Key) -> Result<Option<u64>, Error> {
+        self.call("cached_bytes", |node| {
+            let bytes = |tree: &FakeTree| tree.values().map(|content| content.len() as u64).sum();
+            Ok(node.cache.get(key).map(bytes))
+        })
+    }
+
+    fn free_bytes(&self) -> Result<u64, Error> {
+        self.call("free_bytes", |_| Ok(u64::MAX))
     }
 
     async fn discard(&self, key: &Key) -> Result<(), Error> {
@@ -407,6 +526,17 @@ impl SlotFiles for FakeFiles {
             let path = format!("/fake/set_aside/{digest}.{now}");
             node.set_aside.insert(path.clone(), tree);
             Ok(path)
+        })
+    }
+
+    async fn remove_set_aside(&self, _tenant: &TenantId, keys: &[Key]) -> Result<Vec<String>, Error> {
+        let prefixes: Vec<String> =
+            keys.iter().map(|key| format!("/fake/set_aside/{}.", key.digest())).collect();
+        self.call("remove_set_aside", |node| {
+            let theirs = |path: &&String| prefixes.iter().any(|prefix| path.starts_with(prefix));
+            let removed: Vec<String> = node.set_aside.keys().filter(theirs).cloned().collect();
+            node.set_aside.retain(|path, _| !removed.contains(path));
+            Ok(removed)
         })
     }
 

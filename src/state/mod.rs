@@ -15,8 +15,12 @@
 //! - P12: every walk is confined below its directory; links are data.
 
 pub mod fake;
+pub mod fence;
+pub mod history;
 pub mod host;
+mod mirror;
 mod snapshot;
+pub mod transfer;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -24,12 +28,14 @@ use async_trait::async_trait;
 
 use crate::{
     model::{
-        Epoch, Key, Owner, Secret, SlotId, SnapshotRef,
+        Epoch, Key, Owner, Secret, SlotId, SnapshotRef, TenantId,
         spec::{Persist, Volumes},
     },
     runtime::plan::Mount,
     store,
 };
+
+pub use snapshot::Encryption;
 
 /// Shares the port between components.
 pub type SharedFiles = Arc<dyn SlotFiles>;
@@ -44,6 +50,22 @@ pub trait SlotFiles: Send + Sync + 'static {
 
     /// Asks the store for the newest snapshot; `None` is proof that there is none.
     async fn newest(&self, key: &Key) -> Result<Option<SnapshotRef>, Error>;
+
+    /// Reads the newest record of a key's chain; `None` is proof that there is none.
+    async fn head(&self, key: &Key) -> Result<Option<Head>, Error>;
+
+    /// Writes that a claim began, as the very next record, and reads it back. The same
+    /// nonce may be tried again. [`Error::Fenced`]: anybody was faster; nothing of this
+    /// claim may run.
+    async fn open(&self, open: &Open) -> Result<(), Error>;
+
+    /// Writes that a claim ended and left nothing to save. A claim that is fenced, or of
+    /// which nothing is open, has ended.
+    async fn close(&self, close: &Close) -> Result<(), Error>;
+
+    /// Brings what a fill needs from the store to this node, without touching the slot;
+    /// [`SlotFiles::fill`] finds it. Answers how many bytes came.
+    async fn fetch(&self, fill: &Fill) -> Result<u64, Error>;
 
     /// Puts a tree into a slot and, last of all, hands the directories to `run_as`: no
     /// program can write there before everything is in place.
@@ -80,6 +102,28 @@ pub trait SlotFiles: Send + Sync + 'static {
     /// Removes a cached tree; the caller knows that the store has it or that it is not wanted.
     async fn discard(&self, key: &Key) -> Result<(), Error>;
 
+    /// Brings a snapshot from the store into the cache, verified, ahead of any claim; the
+    /// next [`SlotFiles::fill`] takes it from there. Its files stay the owner's that saved
+    /// them, and that owner is answered.
+    ///
+    /// # Cancel safety
+    /// Dropped, the tree is in the cache, whole, or it is not: the caller discards it.
+    async fn prefetch(&self, key: &Key, snapshot: &SnapshotRef) -> Result<Prefetched, Error>;
+
+    /// Takes a tree out of the cache, whose room [`SlotFiles::remove_evicted`] gives back;
+    /// the caller knows that the store has it. Takes no longer for a large tree. Absent is
+    /// success; after an error the tree is still there.
+    async fn evict(&self, key: &Key) -> Result<(), Error>;
+
+    /// Removes what was evicted; what a crash leaves of it goes with the next survey.
+    async fn remove_evicted(&self) -> Result<(), Error>;
+
+    /// Adds up what a cached tree takes on this node; `None` when there is none. Walks it.
+    async fn cached_bytes(&self, key: &Key) -> Result<Option<u64>, Error>;
+
+    /// Returns the room that is left where cached trees are, in bytes.
+    fn free_bytes(&self) -> Result<u64, Error>;
+
     /// Removes a slot's directories with its secrets and comm files. Refuses with
     /// [`Error::NotEmpty`] while the state directory holds anything.
     async fn wipe(&self, slot: &SlotId) -> Result<(), Error>;
@@ -93,6 +137,10 @@ pub trait SlotFiles: Send + Sync + 'static {
 
     /// Moves a cached tree that no row knows out of the way; answers where it is now.
     async fn set_aside_cached(&self, digest: &str, reason: &str) -> Result<String, Error>;
+
+    /// Removes a tenant's copies that were set aside, from slots by their notes and from
+    /// the cache by these keys; answers where they were. May be repeated.
+    async fn remove_set_aside(&self, tenant: &TenantId, keys: &[Key]) -> Result<Vec<String>, Error>;
 
     /// Lists what is there, for adopting after a restart; removes left-over staging.
     async fn survey(&self) -> Result<Survey, Error>;
@@ -108,6 +156,51 @@ pub trait SlotFiles: Send + Sync + 'static {
 
     /// Returns where the slot's comm directory is on this host, for clients beside us.
     fn comm_path(&self, slot: &SlotId) -> Option<String>;
+}
+
+/// The newest record of a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Head {
+    /// Its number.
+    pub number: u64,
+    /// Who wrote it, and whose claim is open.
+    pub link: fence::Link,
+    /// The newest tree; none: there is none yet.
+    pub snapshot: Option<SnapshotRef>,
+}
+
+/// A claim that begins.
+#[derive(Debug, Clone)]
+pub struct Open {
+    /// Whose.
+    pub key: Key,
+    /// The claim.
+    pub epoch: Epoch,
+    /// Names this attempt for ever; journaled by the caller before the first call.
+    pub nonce: String,
+    /// Who claims.
+    pub author: fence::Author,
+    /// The newest record's number when the claim was decided; 0: there was none.
+    pub on_top_of: u64,
+    /// The attempt that wrote the newest tree when the claim was decided.
+    pub tree: Option<String>,
+    /// The attempt to save this node's own tree that may end meanwhile.
+    pub saving: Option<String>,
+}
+
+/// A claim that ended with nothing to save.
+#[derive(Debug, Clone)]
+pub struct Close {
+    /// Whose.
+    pub key: Key,
+    /// The claim.
+    pub epoch: Epoch,
+    /// Names this attempt for ever; journaled by the caller before the first call.
+    pub nonce: String,
+    /// Who claimed.
+    pub author: fence::Author,
+    /// Whether the store had a record of this key: when it has none any more, nothing is open.
+    pub has_chain: bool,
 }
 
 /// What to put into a slot.
@@ -163,6 +256,15 @@ pub struct Captured {
     pub is_cached: bool,
 }
 
+/// What a prefetch did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefetched {
+    /// Bytes fetched from the store.
+    pub fetched_bytes: u64,
+    /// Who the program ran as that saved the tree.
+    pub owner: Owner,
+}
+
 /// Names the copy of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointId(pub String);
@@ -182,10 +284,31 @@ pub struct Save {
     pub run_as: Owner,
     /// Whether the claim that left the tree failed.
     pub failed_claim: bool,
+    /// Who claimed.
+    pub author: fence::Author,
+    /// Whether the claim has ended: nobody holds the key after this.
+    pub is_last: bool,
     /// Excludes and retention.
     pub persist: Persist,
     /// The most bytes of files allowed.
     pub max_bytes: Option<u64>,
+    /// What it may come after.
+    pub base: Base,
+}
+
+/// What a save may come after.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Base {
+    /// Whatever the fence allows, also nothing.
+    #[default]
+    Any,
+    /// Whatever the fence allows. The store had a record of this key: when it has none any
+    /// more it lost the key's history, and a new one would hide that.
+    Chain,
+    /// The record of this number and no other, whoever wrote it; 0: none. An operator has
+    /// decided that this tree replaces that one's, as it is: a tree that a power loss may
+    /// have torn is not compared with the store.
+    Decided(u64),
 }
 
 /// Which tree is saved.
@@ -273,6 +396,23 @@ pub enum Error {
         /// Whose state.
         key: Key,
         /// Which object and how.
+        reason: String,
+    },
+    /// What the store holds is sealed with a master key that is not here; an operator must act.
+    #[error("state of {key} cannot be opened: {reason}")]
+    Sealed {
+        /// Whose state.
+        key: Key,
+        /// Which object, which key it needs and which is here.
+        reason: String,
+    },
+    /// A power loss took content of files that their program had changed, too: nothing here
+    /// tells what they should be. Never try again; the tree is kept, and an operator decides.
+    #[error("state of {key} was torn by a power loss: {reason}")]
+    Torn {
+        /// Whose state.
+        key: Key,
+        /// Which file.
         reason: String,
     },
     /// The tree breaks a limit; it is kept, and saved when the limit is raised or the tree shrinks.

@@ -14,7 +14,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{Creation, Error, Listed, SharedStore, Store};
+use super::{Creation, Error, Listed, Parts, SharedStore, Store, Versioning, key};
 
 /// Wraps a store and injects scripted faults.
 pub struct FaultStore {
@@ -39,6 +39,16 @@ pub enum Operation {
     List,
     /// [`Store::delete`]
     Delete,
+    /// [`Store::copy`]
+    Copy,
+    /// [`Store::get_range`]
+    GetRange,
+    /// [`Store::put_parts`]
+    PutParts,
+    /// [`Store::versioning`]
+    Versioning,
+    /// [`Store::abort_uploads`]
+    AbortUploads,
 }
 
 /// What a call meets.
@@ -55,13 +65,17 @@ pub enum Fault {
     /// write, [`Error::Unavailable`] for a read.
     Lose,
     /// As [`Fault::Lose`], but the write is held back and lands at
-    /// [`FaultStore::land`]. A read is only lost.
+    /// [`FaultStore::land`]. A read, and a write by parts, is only lost.
     Hold,
+    /// It happens twice, as when a request was sent again, and the second answer
+    /// is the one that arrives: a create meets its own object. A write by parts
+    /// happens once, for its parts are gone.
+    Repeat,
     /// Waits, then goes on as usual.
     Delay(Duration),
     /// Never answers; nothing happens. The caller needs a deadline.
     Hang,
-    /// A `get` answers at most this many bytes of its object, as if they were
+    /// A `get` or `get_range` answers at most this many bytes, as if they were
     /// all. Other calls go on as usual.
     Truncate(usize),
 }
@@ -86,13 +100,26 @@ enum Held {
     Put(String, Bytes),
     Create(String, Bytes),
     Delete(String),
+    Copy(String, String),
 }
 
 // === impl Operation ===
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 6] = [Self::Probe, Self::Get, Self::Put, Self::Create, Self::List, Self::Delete];
+    pub const ALL: [Self; 11] = [
+        Self::Probe,
+        Self::Get,
+        Self::Put,
+        Self::Create,
+        Self::List,
+        Self::Delete,
+        Self::Copy,
+        Self::GetRange,
+        Self::PutParts,
+        Self::Versioning,
+        Self::AbortUploads,
+    ];
 
     /// Returns its name, as errors carry it.
     pub fn name(self) -> &'static str {
@@ -103,11 +130,16 @@ impl Operation {
             Self::Create => "create",
             Self::List => "list",
             Self::Delete => "delete",
+            Self::Copy => "copy",
+            Self::GetRange => "get_range",
+            Self::PutParts => "put_parts",
+            Self::Versioning => "versioning",
+            Self::AbortUploads => "abort_uploads",
         }
     }
 
     fn is_write(self) -> bool {
-        matches!(self, Self::Put | Self::Create | Self::Delete)
+        matches!(self, Self::Put | Self::Create | Self::Delete | Self::Copy | Self::PutParts)
     }
 }
 
@@ -209,6 +241,7 @@ impl FaultStore {
                 Held::Put(key, body) => self.inner.put(&key, body).await?,
                 Held::Create(key, body) => self.inner.create(&key, body).await.map(|_| ())?,
                 Held::Delete(key) => self.inner.delete(&key).await?,
+                Held::Copy(from, to) => self.inner.copy(&from, &to).await.map(|_| ())?,
             }
         }
         Ok(count)
@@ -239,12 +272,12 @@ impl FaultStore {
     }
 
     /// Runs one call under the fault it meets.
-    async fn run<T>(
+    async fn run<T, F: Future<Output = Result<T, Error>>>(
         &self,
         operation: Operation,
         key: &str,
         hold: impl FnOnce() -> Option<Held>,
-        call: impl Future<Output = Result<T, Error>>,
+        mut call: impl FnMut() -> F,
     ) -> Result<(T, Option<usize>), Error> {
         const REASON: &str = "injected fault";
         let lost = || match operation.is_write() {
@@ -252,12 +285,12 @@ impl FaultStore {
             false => Error::unavailable(operation.name(), key, REASON),
         };
         match self.meet(operation, key) {
-            None => call.await.map(|answer| (answer, None)),
-            Some(Fault::Truncate(bytes)) => call.await.map(|answer| (answer, Some(bytes))),
+            None => call().await.map(|answer| (answer, None)),
+            Some(Fault::Truncate(bytes)) => call().await.map(|answer| (answer, Some(bytes))),
             Some(Fault::FailBefore) => Err(Error::unavailable(operation.name(), key, REASON)),
             Some(Fault::Refuse) => Err(Error::refused(operation.name(), key, REASON)),
             Some(Fault::FailAfter) => {
-                call.await?;
+                call().await?;
                 Err(lost())
             }
             Some(Fault::Lose) => Err(lost()),
@@ -265,48 +298,93 @@ impl FaultStore {
                 self.lock().held.extend(hold());
                 Err(lost())
             }
+            Some(Fault::Repeat) => {
+                if operation != Operation::PutParts {
+                    call().await?;
+                }
+                call().await.map(|answer| (answer, None))
+            }
             Some(Fault::Delay(wait)) => {
                 tokio::time::sleep(wait).await;
-                call.await.map(|answer| (answer, None))
+                call().await.map(|answer| (answer, None))
             }
             Some(Fault::Hang) => std::future::pending().await,
         }
+    }
+
+    /// Runs one read of bytes, and cuts them where its fault says so.
+    async fn read<F: Future<Output = Result<Option<Bytes>, Error>>>(
+        &self,
+        operation: Operation,
+        key: &str,
+        call: impl FnMut() -> F,
+    ) -> Result<Option<Bytes>, Error> {
+        let (body, bytes) = self.run(operation, key, || None, call).await?;
+        Ok(match bytes {
+            Some(bytes) => body.map(|body| key::cut(&body, 0, bytes as u64)),
+            None => body,
+        })
     }
 }
 
 #[async_trait]
 impl Store for FaultStore {
     async fn probe(&self) -> Result<(), Error> {
-        self.run(Operation::Probe, "", || None, self.inner.probe()).await.map(|(answer, _)| answer)
+        self.run(Operation::Probe, "", || None, || self.inner.probe()).await.map(|(answer, _)| answer)
     }
 
     async fn get(&self, key: &str) -> Result<Option<Bytes>, Error> {
-        let (body, cut) = self.run(Operation::Get, key, || None, self.inner.get(key)).await?;
-        Ok(match cut {
-            Some(bytes) => body.map(|body| body.slice(..bytes.min(body.len()))),
-            None => body,
-        })
+        self.read(Operation::Get, key, || self.inner.get(key)).await
     }
 
     async fn put(&self, key: &str, body: Bytes) -> Result<(), Error> {
         let hold = || Some(Held::Put(key.to_owned(), body.clone()));
-        self.run(Operation::Put, key, hold, self.inner.put(key, body.clone())).await.map(|(answer, _)| answer)
+        let call = || self.inner.put(key, body.clone());
+        self.run(Operation::Put, key, hold, call).await.map(|(answer, _)| answer)
     }
 
     async fn create(&self, key: &str, body: Bytes) -> Result<Creation, Error> {
         let hold = || Some(Held::Create(key.to_owned(), body.clone()));
-        let call = self.inner.create(key, body.clone());
+        let call = || self.inner.create(key, body.clone());
         self.run(Operation::Create, key, hold, call).await.map(|(answer, _)| answer)
     }
 
     async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<Listed>, Error> {
-        let call = self.inner.list(prefix, after, limit);
+        let call = || self.inner.list(prefix, after, limit);
         self.run(Operation::List, prefix, || None, call).await.map(|(answer, _)| answer)
     }
 
     async fn delete(&self, key: &str) -> Result<(), Error> {
         let hold = || Some(Held::Delete(key.to_owned()));
-        self.run(Operation::Delete, key, hold, self.inner.delete(key)).await.map(|(answer, _)| answer)
+        self.run(Operation::Delete, key, hold, || self.inner.delete(key)).await.map(|(answer, _)| answer)
+    }
+
+    async fn copy(&self, from: &str, to: &str) -> Result<bool, Error> {
+        let hold = || Some(Held::Copy(from.to_owned(), to.to_owned()));
+        self.run(Operation::Copy, to, hold, || self.inner.copy(from, to)).await.map(|(answer, _)| answer)
+    }
+
+    async fn get_range(&self, key: &str, offset: u64, bytes: u64) -> Result<Option<Bytes>, Error> {
+        self.read(Operation::GetRange, key, || self.inner.get_range(key, offset, bytes)).await
+    }
+
+    async fn put_parts(&self, key: &str, parts: Parts) -> Result<(), Error> {
+        let mut parts = Some(parts);
+        let call = || {
+            let parts = parts.take().expect("a write by parts is called once");
+            self.inner.put_parts(key, parts)
+        };
+        self.run(Operation::PutParts, key, || None, call).await.map(|(answer, _)| answer)
+    }
+
+    async fn versioning(&self) -> Result<Versioning, Error> {
+        let call = || self.inner.versioning();
+        self.run(Operation::Versioning, "", || None, call).await.map(|(answer, _)| answer)
+    }
+
+    async fn abort_uploads(&self, before_ms: u64) -> Result<u64, Error> {
+        let call = || self.inner.abort_uploads(before_ms);
+        self.run(Operation::AbortUploads, "", || None, call).await.map(|(answer, _)| answer)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The object-store port.
 //!
-//! Keys are made by us alone: lower-case ASCII letters, digits, `/`, `-`, `.` and
-//! `_`, without empty or dot segments. Adapters add their prefix.
+//! Keys are made by us alone: ASCII letters, digits, `/`, `-`, `.`, `_` and `=`,
+//! without empty or dot segments; below one prefix more (see `key`). Adapters add their prefix.
 //!
 //! # Guarantees
 //! - [`Store::get`] answers `None` only when the store *proves* absence (P3): an
@@ -22,7 +22,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::stream::BoxStream;
 
+pub use self::key::{has_mirror_ends, is_mirror_char};
 pub use self::{fault::FaultStore, local::LocalStore, memory::MemoryStore, s3::S3Store};
 
 /// The longest key, in bytes, without the adapter's prefix.
@@ -31,11 +33,16 @@ pub const MAX_KEY_BYTES: usize = 512;
 /// The longest segment of a key, in bytes: a file name below the local store.
 pub const MAX_SEGMENT_BYTES: usize = 200;
 
-/// The largest object, in bytes. Objects are held in memory, whole.
+/// The largest object that [`Store::get`], [`Store::put`] and [`Store::create`]
+/// take, in bytes: they hold it in memory, whole. Also the longest range and the
+/// longest part.
 pub const MAX_OBJECT_BYTES: usize = 64 << 20;
 
 /// The most keys that one [`Store::list`] answers.
 pub const MAX_LIST_KEYS: usize = 1000;
+
+/// The operation of the errors that [`Store::probe`] makes itself.
+const PROBE: &str = "probe";
 
 /// Shares a store between components.
 pub type SharedStore = Arc<dyn Store>;
@@ -61,6 +68,49 @@ pub trait Store: Send + Sync + 'static {
 
     /// Removes an object. Absent is success.
     async fn delete(&self, key: &str) -> Result<(), Error>;
+
+    /// Copies an object within the store, without moving its bytes through this
+    /// host where the store can, replacing what was at `to`. Answers `false` when
+    /// `from` is proven absent; then nothing is written.
+    async fn copy(&self, from: &str, to: &str) -> Result<bool, Error>;
+
+    /// Reads at most `bytes` (≤ [`MAX_OBJECT_BYTES`]) bytes of an object from
+    /// `offset` on; past its end, what there is, which may be nothing. `None` only
+    /// when the object is proven absent.
+    ///
+    /// Two calls may see two versions of an object that is replaced meanwhile.
+    async fn get_range(&self, key: &str, offset: u64, bytes: u64) -> Result<Option<Bytes>, Error>;
+
+    /// Writes an object of any size from parts that come in order, replacing what
+    /// was there. Nothing is visible before the last part is in; a part that is an
+    /// error ends the call, and nothing was written.
+    ///
+    /// Holds a bounded number of parts in memory, each of at most
+    /// [`MAX_OBJECT_BYTES`] bytes.
+    async fn put_parts(&self, key: &str, parts: Parts) -> Result<(), Error>;
+
+    /// Says whether the store keeps objects that were removed or replaced.
+    async fn versioning(&self) -> Result<Versioning, Error>;
+
+    /// Gives up writes of [`Store::put_parts`] in this store that began before
+    /// `before_ms` (milliseconds since the Unix epoch) and never ended, and answers
+    /// how many: what a crash leaves of them costs room and is in no listing.
+    async fn abort_uploads(&self, before_ms: u64) -> Result<u64, Error>;
+}
+
+/// The parts of an object, in order; an error among them is the source's, and
+/// ends the write.
+pub type Parts = BoxStream<'static, std::io::Result<Bytes>>;
+
+/// Says whether removed and replaced objects stay in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Versioning {
+    /// They stay, as older versions.
+    On,
+    /// They are gone.
+    Off,
+    /// The store does not say.
+    Unknown,
 }
 
 /// One listed object.
@@ -70,6 +120,9 @@ pub struct Listed {
     pub key: String,
     /// Its size in bytes.
     pub bytes: u64,
+    /// When it was written, in milliseconds since the Unix epoch by the store's
+    /// clock; 0 when the store does not say.
+    pub modified_ms: u64,
 }
 
 /// The outcome of a create-only write.
@@ -119,9 +172,20 @@ pub enum Error {
 // === impl Error ===
 
 impl Error {
+    /// Returns whether [`Store::probe`] has seen that create-only writes are not kept: no
+    /// repetition changes that.
+    pub fn is_unconditional(&self) -> bool {
+        matches!(self, Self::Refused { operation: PROBE, .. })
+    }
+
     /// Makes an [`Error::Unavailable`].
     pub(crate) fn unavailable(operation: &'static str, key: &str, reason: impl Into<String>) -> Self {
         Self::Unavailable { operation, key: key.to_owned(), reason: reason.into() }
+    }
+
+    /// Makes the error of a part that its source could not give.
+    pub(crate) fn source(key: &str, error: &std::io::Error) -> Self {
+        Self::unavailable("put_parts", key, format!("the parts ended early: {error}"))
     }
 
     /// Makes an [`Error::Unknown`].

@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 
-use super::{Creation, Error, Store};
+use super::{Creation, Error, PROBE, Store};
 use crate::clock::{Clock, random_hex};
 
 /// What an operator reads when the condition is ignored.
@@ -50,7 +50,7 @@ fn judge(
 ) -> Result<(), Error> {
     use Creation::{Created, Exists};
     let is_ours = match outcomes {
-        (Created, Created, _) | (_, _, Created) => return Err(Error::refused("probe", key, IGNORED)),
+        (Created, Created, _) | (_, _, Created) => return Err(Error::refused(PROBE, key, IGNORED)),
         (Created, Exists, Exists) => body == Some(first),
         (Exists, Created, Exists) => body == Some(second),
         (Exists, Exists, Exists) => body == Some(first) || body == Some(second),
@@ -58,7 +58,7 @@ fn judge(
     if !is_ours {
         let read = if body.is_some() { "another body" } else { "nothing" };
         let reason = format!("the store acknowledged a create-only write and then read {read}");
-        return Err(Error::refused("probe", key, reason));
+        return Err(Error::refused(PROBE, key, reason));
     }
     Ok(())
 }

@@ -43,6 +43,10 @@ pub struct Metrics {
     slots: Gauges<2>,
     pool_target: Gauges<1>,
     engine_errors: Counters<1>,
+    cache_trees: Gauge,
+    cache_bytes: Gauge,
+    cache_evictions: Counters<1>,
+    prefetches: Counters<1>,
     hook_seconds: Histograms<1>,
     hook_failures: Counters<1>,
     http_requests: Counters<3>,
@@ -84,6 +88,10 @@ impl Metrics {
             slots: Family::default(),
             pool_target: Family::default(),
             engine_errors: Family::default(),
+            cache_trees: Gauge::default(),
+            cache_bytes: Gauge::default(),
+            cache_evictions: Family::default(),
+            prefetches: Family::default(),
             hook_seconds: Family::new_with_constructor(quick),
             hook_failures: Family::default(),
             http_requests: Family::default(),
@@ -112,6 +120,14 @@ impl Metrics {
             "Failed calls to the container engine",
             self.engine_errors.clone(),
         );
+        registry.register("cache_trees", "Tenants' trees at rest on this node", self.cache_trees.clone());
+        registry.register("cache_bytes", "What they take, about", self.cache_bytes.clone());
+        registry.register(
+            "cache_evictions",
+            "Trees taken out of the cache for want of room",
+            self.cache_evictions.clone(),
+        );
+        registry.register("prefetches", "Prefetches answered", self.prefetches.clone());
         registry.register("hook_seconds", "Time of hooks", self.hook_seconds.clone());
         registry.register(
             "hook_failures",
@@ -156,6 +172,22 @@ impl Metrics {
     /// Counts a failed call to the container engine.
     pub fn engine_error(&self, operation: &'static str) {
         self.engine_errors.get_or_create(&[("operation", operation.into())]).inc();
+    }
+
+    /// Sets what the node's cache holds.
+    pub fn set_cache(&self, trees: u64, bytes: u64) {
+        self.cache_trees.set(i64::try_from(trees).unwrap_or(i64::MAX));
+        self.cache_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    /// Counts a tree that was taken out of the cache; `reason` is the bound that was passed.
+    pub fn cache_eviction(&self, reason: &'static str) {
+        self.cache_evictions.get_or_create(&[("reason", reason.into())]).inc();
+    }
+
+    /// Counts a prefetch; `outcome` is what it did or the error's code.
+    pub fn prefetch(&self, outcome: &'static str) {
+        self.prefetches.get_or_create(&[("outcome", outcome.into())]).inc();
     }
 
     /// Measures a hook, and counts it when it failed or passed its deadline.
@@ -234,6 +266,9 @@ mod tests {
         metrics.release("w", "durable");
         metrics.save("ok", ms);
         metrics.engine_error("create");
+        metrics.set_cache(2, 8_192);
+        metrics.cache_eviction("size");
+        metrics.prefetch("fetched");
         metrics.hook("on_claim", ms, true);
         metrics.hook("on_claim", ms, false);
         metrics.http_request(Some("/tenants/{tenant}/claim"), "POST", 200);
@@ -252,6 +287,10 @@ mod tests {
             "boilerhouse_slots{workload=\"w\",phase=\"creating\"} 1",
             "boilerhouse_pool_target{workload=\"w\"} 5",
             "boilerhouse_engine_errors_total{operation=\"create\"} 1",
+            "boilerhouse_cache_trees 2",
+            "boilerhouse_cache_bytes 8192",
+            "boilerhouse_cache_evictions_total{reason=\"size\"} 1",
+            "boilerhouse_prefetches_total{outcome=\"fetched\"} 1",
             "boilerhouse_hook_seconds_count{hook=\"on_claim\"} 2",
             "boilerhouse_hook_failures_total{hook=\"on_claim\"} 1",
             "boilerhouse_http_requests_total{route=\"/tenants/{tenant}/claim\",method=\"POST\",status=\"200\"} 1",

@@ -17,6 +17,8 @@ use tracing::{error, info, warn};
 
 use super::{
     Inner, Parts, Tenancy, answer,
+    cache::Cache,
+    ownership::Ownership,
     registry::{Live, SaveOutcome, Unsaved},
     release::Ending,
     sync::{SYNCS_AT_ONCE, unpause},
@@ -31,7 +33,7 @@ use crate::{
     retry::Backoff,
     runtime::{ContainerStatus, Observed},
     script::Workload,
-    state::Survey,
+    state::{Survey, history::History},
 };
 
 const LOOK: Backoff = Backoff { base_ms: 250, cap_ms: 10_000 };
@@ -72,7 +74,8 @@ struct Decisions {
     strays: Vec<(SlotId, bool)>,
     /// Digests of cached trees that belong to nothing.
     stray_trees: Vec<String>,
-    /// Keys whose cached tree may be torn by a power loss and is in the store.
+    /// Keys whose cached tree may be torn by a power loss, or may be half a prefetch, and
+    /// is in the store.
     evict: Vec<Key>,
     /// Keys whose cached tree should be there and is not.
     missing: Vec<Key>,
@@ -150,7 +153,9 @@ fn decide(found: &Found<'_>) -> Decisions {
     let digests: BTreeMap<String, &TreeRow> =
         found.trees.iter().filter(|tree| tree.cached).map(|tree| (tree.key.digest(), tree)).collect();
     // A claim that was being filled from the store has a tree here that no row calls cached.
-    let filling: BTreeSet<String> = unsettled.iter().map(|key| key.digest()).collect();
+    // One that only is to be closed has none: what is here was to be set aside with it.
+    let filled = found.claims.iter().filter(|claim| unsettled.contains(&claim.key) && !claim.close);
+    let filling: BTreeSet<String> = filled.map(|claim| claim.key.digest()).collect();
     for digest in &found.survey.cached {
         if !digests.contains_key(digest) && !filling.contains(digest) {
             decisions.stray_trees.push(digest.clone());
@@ -162,7 +167,7 @@ fn decide(found: &Found<'_>) -> Decisions {
         }
         if !found.survey.cached.contains(&digest) {
             decisions.missing.push(tree.key.clone());
-        } else if found.power_lost && tree.saved.is_some() {
+        } else if tree.saved.is_some() && (found.power_lost || tree.owner.is_none()) {
             decisions.evict.push(tree.key.clone());
         }
     }
@@ -185,10 +190,21 @@ impl Tenancy {
             trees: loaded.trees.iter().map(|tree| (tree.key.clone(), tree.clone())).collect(),
             tenants: loaded.tenants.iter().cloned().collect(),
             with_secrets: loaded.with_secrets.iter().cloned().collect::<DashSet<_>>(),
+            erasing: loaded.erasures.iter().cloned().collect::<DashSet<_>>(),
+            history: History::new(Arc::clone(&parts.store), Arc::clone(&parts.clock), parts.instance.clone())
+                .in_mode(parts.mode)
+                .with_encryption(parts.encryption.clone()),
+            cache: Cache::new(parts.cache),
             slot_owners: DashMap::new(),
             digest_key,
             started: AtomicBool::new(false),
             health: Mutex::default(),
+            ownership: Ownership::new(
+                Arc::clone(&parts.store),
+                parts.instance.clone(),
+                parts.mode,
+                &loaded.claims,
+            ),
             syncs: tokio::sync::Semaphore::new(SYNCS_AT_ONCE),
             parts,
         };
@@ -267,6 +283,7 @@ impl Tenancy {
         crash_point!(inner.parts.crash, "adopt.done");
         inner.started.store(true, Ordering::Release);
         info!("serving");
+        self.finish_erasures().await;
     }
 
     /// Lists the engine's containers, or `None` when the node is told to stop first.
@@ -335,12 +352,13 @@ impl Inner {
         crash_point!(self.parts.crash, "adopt.trees");
         let mut done = true;
         for key in &decisions.evict {
-            // After a power loss a tree that was not synced may be torn; the store has it whole.
+            // After a power loss a tree that was not synced may be torn, and one without an
+            // owner was being prefetched; the store has it whole.
             match self.parts.files.discard(key).await {
                 Ok(()) => self.forget_cached(key).await,
                 Err(error) => {
                     done = false;
-                    error!(tenant = %key.tenant, workload = %key.workload, error = &error as &dyn std::error::Error, "cached tree cannot be removed after a power loss");
+                    error!(tenant = %key.tenant, workload = %key.workload, error = &error as &dyn std::error::Error, "cached tree that may not be whole cannot be removed");
                 }
             }
         }
@@ -366,7 +384,7 @@ impl Inner {
         done
     }
 
-    async fn forget_cached(&self, key: &Key) {
+    pub(super) async fn forget_cached(&self, key: &Key) {
         let Some(mut tree) = self.trees.get(key).map(|tree| tree.clone()) else { return };
         tree.cached = false;
         // Not journaled, the next start finds the tree missing once more.
@@ -596,6 +614,10 @@ mod tests {
             nonce: None,
             failed: false,
             superseded_by: None,
+            term: Some(1),
+            opened: true,
+            close: false,
+            decided_on: None,
             detail: serde_json::Value::Null,
             created_ms: 0,
             active_ms: 0,
@@ -612,7 +634,8 @@ mod tests {
             files: 1,
             bytes: 1,
         };
-        TreeRow { key: key(), epoch: Epoch(2), cached, saved: Some(saved), owner: None }
+        let owner = Some(RUN_AS);
+        TreeRow { key: key(), epoch: Epoch(2), cached, saved: Some(saved), owner, opened: Some(1) }
     }
 
     fn decided(claims: &[ClaimRow], tree: &TreeRow, on_disk: bool, power_lost: bool) -> Decisions {
@@ -637,6 +660,8 @@ mod tests {
             assert_eq!(decisions.stray_trees, Vec::<String>::new(), "{state:?}");
         }
         assert_eq!(decided(&[], &tree(false), true, false).stray_trees, vec![key().digest()]);
+        let closing = ClaimRow { close: true, ..claim(ClaimState::Dirty) };
+        assert_eq!(decided(&[closing], &tree(false), true, false).stray_trees, vec![key().digest()]);
     }
 
     #[test]
@@ -648,5 +673,11 @@ mod tests {
         assert_eq!(decided(&[], &tree(true), true, true).evict, vec![key()]);
         assert_eq!(decided(&[], &tree(true), true, false).evict, Vec::<Key>::new());
         assert_eq!(decided(&[], &tree(true), false, false).missing, vec![key()]);
+        // Of a prefetch that did not end, nobody knows what it left.
+        let half = TreeRow { owner: None, ..tree(true) };
+        assert_eq!(decided(&[], &half, true, false).evict, vec![key()]);
+        assert_eq!(decided(&[], &half, false, false).missing, vec![key()]);
+        let unsaved = TreeRow { saved: None, ..half };
+        assert_eq!(decided(&[], &unsaved, true, true).evict, Vec::<Key>::new(), "the only copy");
     }
 }

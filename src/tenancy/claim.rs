@@ -8,10 +8,12 @@ use tracing::{info, warn};
 use super::{
     ClaimAnswer, ClaimRequest, DEFAULT_WAIT_MS, Error, Inner, MAX_WAIT_MS, RETRY_AFTER_MS, answer,
     host::ClaimHost,
+    opening::Opening,
     registry::{Asked, Detail, Entry, Live, SaveOutcome, Unsaved},
     release::Ending,
 };
 use crate::{
+    clock::random_hex,
     crash_point,
     journal::{self, ClaimRow, Durability, Op, SlotRow, TreeRow},
     model::{
@@ -23,8 +25,6 @@ use crate::{
     state::{self, Fill, FillFrom, Filled},
 };
 
-/// How long a claim waits to hear from the store what the newest snapshot is.
-const STORE_WAIT: Duration = Duration::from_secs(10);
 /// How long an activation command may run.
 const ACTIVATION_LIMIT: Duration = Duration::from_secs(30);
 /// What is kept of an activation command's output, for its error.
@@ -38,12 +38,15 @@ pub(super) struct Steps {
 }
 
 /// What is known of a key's state before a slot is taken.
-struct Located {
-    from: FillFrom,
-    source: StateSource,
-    snapshot: Option<SnapshotRef>,
-    epoch: Epoch,
-    previous_owner: Option<crate::model::Owner>,
+pub(super) struct Located {
+    pub(super) from: FillFrom,
+    pub(super) source: StateSource,
+    pub(super) snapshot: Option<SnapshotRef>,
+    /// The last epoch before this claim's.
+    pub(super) epoch: Epoch,
+    pub(super) previous_owner: Option<crate::model::Owner>,
+    /// What the store must hear before anything runs; none: it knows enough.
+    pub(super) opening: Option<Opening>,
 }
 
 /// Checks what can be said of a request before anything is done.
@@ -106,6 +109,7 @@ impl Inner {
         entry: &Arc<Entry>,
         steps: &mut Steps,
     ) -> Result<ClaimAnswer, Error> {
+        self.not_being_erased(&key.tenant)?;
         let asked = self.asked(request);
         if let Some(live) = entry.live() {
             if live.row().state == ClaimState::Active {
@@ -122,11 +126,12 @@ impl Inner {
             Err(error) => return Err(self.hook_failed(key, Hook::BeforeClaim, &error)),
         };
         steps.mark("before_claim");
-        let mut located = self.locate(key, workload, entry).await?;
+        let term = self.ownership.term().await?;
+        let mut located = self.locate(key, workload, entry, term).await?;
         steps.mark("locate");
         let taken = self.take(workload, request.wait_ms.unwrap_or(DEFAULT_WAIT_MS)).await?;
         steps.mark("slot");
-        let live = self.bind(key, entry, taken, &mut located, asked, accepted.clone()).await?;
+        let live = self.bind(key, entry, taken, &mut located, term, (asked, accepted.clone())).await?;
         steps.mark("journal");
         match self.bring_up(key, &live, &located, request, facts_with(facts, &accepted), steps).await {
             Ok(answer) => Ok(answer),
@@ -158,61 +163,52 @@ impl Inner {
     }
 
     /// Finds where the state is, asking the store only when this node does not know (P3).
-    async fn locate(&self, key: &Key, workload: &Workload, entry: &Entry) -> Result<Located, Error> {
+    pub(super) async fn locate(
+        &self,
+        key: &Key,
+        workload: &Workload,
+        entry: &Entry,
+        term: u64,
+    ) -> Result<Located, Error> {
         for unsaved in entry.unsaved() {
             if let SaveOutcome::Conflict(reason) = unsaved.outcome.borrow().clone() {
                 let (tenant, workload) = (key.tenant.clone(), key.workload.clone());
                 return Err(Error::StateConflict { tenant, workload, reason });
             }
+            if unsaved.row().decided_on.is_some() {
+                // A claim would take the tree, and with it what was decided about it.
+                let (tenant, workload) = (key.tenant.clone(), key.workload.clone());
+                let reason = "an operator decided for this server's state".to_owned();
+                return Err(Error::StateNotSaved {
+                    tenant,
+                    workload,
+                    reason,
+                    retry_after_ms: RETRY_AFTER_MS,
+                });
+            }
         }
-        let known = self.trees.get(key).map(|tree| tree.clone());
-        if workload.spec.volumes.state.is_none() {
-            let epoch = known.map_or(Epoch(0), |tree| tree.epoch);
-            let from = FillFrom::Empty;
-            return Ok(Located {
-                from,
-                source: StateSource::None,
-                snapshot: None,
-                epoch,
-                previous_owner: None,
-            });
-        }
-        if let Some(tree) = known {
-            let (from, source) = match (tree.cached, &tree.saved) {
-                (true, _) => (FillFrom::Cache, StateSource::Cache),
-                (false, Some(snapshot)) => (FillFrom::Snapshot(snapshot.clone()), StateSource::Store),
-                (false, None) => (FillFrom::Empty, StateSource::None),
-            };
-            return Ok(Located {
-                from,
-                source,
-                snapshot: tree.saved,
-                epoch: tree.epoch,
-                previous_owner: tree.owner,
-            });
-        }
-        let asked = tokio::time::timeout(STORE_WAIT, self.parts.files.newest(key)).await;
-        let asked = asked.map_err(|_| Error::StoreUnavailable {
-            reason: format!("no answer within {} s", STORE_WAIT.as_secs()),
-            retry_after_ms: RETRY_AFTER_MS,
-        })?;
-        match asked {
-            Ok(None) => Ok(Located {
-                from: FillFrom::Empty,
-                source: StateSource::None,
-                snapshot: None,
-                epoch: Epoch(0),
-                previous_owner: None,
-            }),
-            Ok(Some(snapshot)) => Ok(Located {
-                from: FillFrom::Snapshot(snapshot.clone()),
-                source: StateSource::Store,
-                epoch: snapshot.epoch,
-                snapshot: Some(snapshot),
-                previous_owner: None,
-            }),
-            Err(error) => Err(self.state_error(key, &error)),
-        }
+        // What is not here comes from the store, which is then asked what is newest: a
+        // rollback that a crash has cut short of its row in the journal is a rollback.
+        let known = self
+            .trees
+            .get(key)
+            .map(|tree| tree.clone())
+            .filter(|tree| self.is_opened(key, term) && (tree.cached || tree.saved.is_none()));
+        let Some(tree) = known else { return self.locate_in_store(key, workload, entry).await };
+        let (from, source) = match (tree.cached, &tree.saved) {
+            _ if workload.spec.volumes.state.is_none() => (FillFrom::Empty, StateSource::None),
+            (true, _) => (FillFrom::Cache, StateSource::Cache),
+            (false, _) => (FillFrom::Empty, StateSource::None),
+        };
+        let has_state = workload.spec.volumes.state.is_some();
+        Ok(Located {
+            from,
+            source,
+            snapshot: tree.saved.filter(|_| has_state),
+            epoch: tree.epoch,
+            previous_owner: tree.owner.filter(|_| has_state),
+            opening: None,
+        })
     }
 
     async fn take(&self, workload: &Arc<Workload>, wait_ms: u64) -> Result<Taken, Error> {
@@ -235,8 +231,8 @@ impl Inner {
         entry: &Arc<Entry>,
         mut taken: Taken,
         located: &mut Located,
-        asked: Asked,
-        metadata: serde_json::Map<String, serde_json::Value>,
+        term: u64,
+        (asked, metadata): (Asked, serde_json::Map<String, serde_json::Value>),
     ) -> Result<Arc<Live>, Error> {
         crash_point!(self.parts.crash, "claim.taken");
         // The tree goes into the new claim's slot, and the duty to save it with it.
@@ -249,7 +245,7 @@ impl Inner {
             }
         }
         // A save may have ended since the state was located.
-        if let Some(tree) = self.trees.get(key) {
+        if let Some(tree) = self.trees.get(key).filter(|_| located.from == FillFrom::Cache) {
             located.snapshot.clone_from(&tree.saved);
         }
         let now_ms = self.now_ms();
@@ -267,9 +263,13 @@ impl Inner {
             source: taken.source,
             state_source: located.source,
             snapshot: located.snapshot.clone(),
-            nonce: None,
+            nonce: located.opening.is_some().then(|| random_hex(&*self.parts.clock, 16)),
             failed: false,
             superseded_by: None,
+            term: Some(term),
+            opened: false,
+            close: false,
+            decided_on: None,
             detail: serde_json::to_value(detail).expect("a detail has only text keys"),
             created_ms: now_ms,
             active_ms: now_ms,
@@ -280,6 +280,7 @@ impl Inner {
             cached: located.from == FillFrom::Cache,
             saved: located.snapshot.clone(),
             owner: located.previous_owner,
+            opened: self.trees.get(key).and_then(|tree| tree.opened),
         };
         // Written as claimed before any of the tenant's code can run in it (P4).
         let slot = SlotRow {
@@ -372,7 +373,13 @@ impl Inner {
             run_as: live.made.run_as,
             previous_owner: located.previous_owner,
         };
-        let filled = self.parts.files.fill(&fill).await.map_err(|error| self.state_error(key, &error))?;
+        let mut fetched_bytes = 0;
+        if let Some(opening) = &located.opening {
+            fetched_bytes = self.open_claim(key, live, opening, &fill).await?;
+            steps.mark("open");
+        }
+        let mut filled = self.parts.files.fill(&fill).await.map_err(|error| self.state_error(key, &error))?;
+        filled.fetched_bytes += fetched_bytes;
         crash_point!(self.parts.crash, "claim.filled");
         steps.mark("fill");
         self.put_claim_secrets(key, live, request.secrets.as_ref()).await?;
@@ -404,7 +411,9 @@ impl Inner {
         let outputs = host.outputs();
         self.keep_outputs(key, &mut detail, &outputs);
         row.detail = serde_json::to_value(&detail).expect("a detail has only text keys");
-        self.commit(vec![Op::PutClaim(Box::new(row.clone()))], Durability::Soft).await?;
+        let mut ops = vec![Op::PutClaim(Box::new(row.clone()))];
+        ops.extend(self.note_opened(key, live).map(Op::PutTree));
+        self.commit(ops, Durability::Soft).await?;
         crash_point!(self.parts.crash, "claim.active");
         live.set_row(row);
         steps.mark("commit");
@@ -509,13 +518,17 @@ impl Inner {
                 warn!(tenant = %key.tenant, workload = %key.workload, error = error as &dyn std::error::Error, "store does not answer");
                 Error::StoreUnavailable { reason, retry_after_ms: RETRY_AFTER_MS }
             }
-            state::Error::Fenced { .. } => {
+            state::Error::Fenced { .. } | state::Error::Torn { .. } => {
                 Error::StateConflict { tenant: key.tenant.clone(), workload: key.workload.clone(), reason }
             }
             // The tenant's own doing, and the tenant's to mend.
             state::Error::Limit { .. } => {
                 warn!(tenant = %key.tenant, workload = %key.workload, error = error as &dyn std::error::Error, "state is over its limit");
                 Error::StateOverLimit { reason }
+            }
+            state::Error::Sealed { .. } => {
+                tracing::error!(tenant = %key.tenant, workload = %key.workload, error = error as &dyn std::error::Error, "state cannot be opened");
+                Error::StateSealed { reason }
             }
             state::Error::Damaged { .. } => {
                 tracing::error!(tenant = %key.tenant, workload = %key.workload, error = error as &dyn std::error::Error, "state cannot be used");
@@ -534,7 +547,7 @@ impl Inner {
     }
 
     /// Waits until a save has ended, because its tree is about to move.
-    async fn save_ended(unsaved: &Unsaved) -> SaveOutcome {
+    pub(super) async fn save_ended(unsaved: &Unsaved) -> SaveOutcome {
         let mut outcome = unsaved.outcome.subscribe();
         let ended = outcome
             .wait_for(|outcome| !matches!(outcome, SaveOutcome::Saving | SaveOutcome::Retrying(_)))

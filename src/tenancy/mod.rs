@@ -5,6 +5,8 @@
 //!                   ├ claim    before_claim → slot → CLAIMING → fill → on_claim → activate → ACTIVE
 //!                   ├ release  RELEASING → before_release → stop → capture → DIRTY → after_release
 //!                   ├ save     data → record → read back → CLEAN, for as long as it takes
+//!                   ├ prefetch store → cache, before a claim asks for it
+//!                   ├ resolve  an operator decides what a save could not
 //!                   ├ sync     copy → pause → copy what changed → unpause → save
 //!                   └ adopt    what survived a restart is finished or undone
 //! ```
@@ -12,16 +14,24 @@
 //! # Invariants
 //! - Whoever changes a claim holds its entry's guard; a save holds none, because
 //!   the next claim may take its tree.
+//! - No claim begins before this server is known to hold the store, and none without a
+//!   record in the store of which another server would know.
 //! - The journal is written before the act it announces: CLAIMING before the
 //!   fill, DIRTY before the slot is retired.
 //! - A failed claim goes the way of a release: its slot is captured and retired.
 
 mod adopt;
 mod answer;
+mod cache;
 mod claim;
+mod history;
 mod host;
+mod opening;
+mod ownership;
+mod prefetch;
 mod registry;
 mod release;
+mod resolve;
 mod save;
 mod secrets;
 mod sync;
@@ -39,8 +49,18 @@ use std::{
 use arc_swap::ArcSwap;
 use dashmap::{DashMap, DashSet};
 
-use self::registry::{Entry, Live};
-pub use self::wire::*;
+use self::{
+    cache::Cache,
+    ownership::Ownership,
+    registry::{Entry, Live},
+};
+pub use self::{
+    cache::{CacheLimits, CacheSize},
+    history::*,
+    prefetch::PrefetchAnswer,
+    resolve::*,
+    wire::*,
+};
 use crate::{
     clock::{SharedClock, random_hex},
     journal::{self, ClaimRow, Durability, Journal, Op, TreeRow},
@@ -50,7 +70,8 @@ use crate::{
     runtime::SharedRuntime,
     script::{Hook, HookError, Runner, Set, Verdict, Workload},
     seal::MasterKey,
-    state::SharedFiles,
+    state::{Encryption, SharedFiles, fence::Mode, history::History},
+    store::SharedStore,
     telemetry::Metrics,
 };
 
@@ -62,6 +83,8 @@ const DEFAULT_WAIT_MS: u64 = 10_000;
 const MAX_WAIT_MS: u64 = 300_000;
 /// How long a release waits for its state to be durable before it answers `pending`.
 const RELEASE_WAIT: Duration = Duration::from_secs(30);
+/// How long a claim waits for one answer of the store.
+const STORE_WAIT: Duration = Duration::from_secs(10);
 /// When to try again after a passing fault.
 const RETRY_AFTER_MS: u64 = 1_000;
 /// A sign of use is journaled when it is this much later than the one before.
@@ -75,6 +98,8 @@ pub struct Parts {
     pub runtime: SharedRuntime,
     /// The slots' directories and the store behind them.
     pub files: SharedFiles,
+    /// The object store, for what needs no slot.
+    pub store: SharedStore,
     /// The durable record.
     pub journal: Journal,
     /// Runs hooks.
@@ -91,8 +116,14 @@ pub struct Parts {
     pub crash: CrashPoints,
     /// Seals stored secrets; none: they are refused.
     pub master_key: Option<MasterKey>,
+    /// Opens and seals state, as `files` does.
+    pub encryption: Encryption,
     /// This installation's identity.
     pub instance: String,
+    /// Whether other servers use the store, too.
+    pub mode: Mode,
+    /// What bounds the node's cache.
+    pub cache: CacheLimits,
 }
 
 /// Carries out claims and releases, and answers what there is; clones share one state.
@@ -107,10 +138,14 @@ struct Inner {
     trees: DashMap<Key, TreeRow>,
     tenants: DashMap<TenantId, serde_json::Map<String, serde_json::Value>>,
     with_secrets: DashSet<TenantId>,
+    erasing: DashSet<TenantId>,
+    history: History,
+    cache: Cache,
     slot_owners: DashMap<SlotId, Key>,
     digest_key: [u8; 32],
     started: AtomicBool,
     health: Mutex<BTreeMap<&'static str, String>>,
+    ownership: Ownership,
     syncs: tokio::sync::Semaphore,
 }
 
@@ -205,6 +240,7 @@ impl Tenancy {
         tenant: TenantId,
         metadata: serde_json::Map<String, serde_json::Value>,
     ) -> Result<(), Error> {
+        self.inner.not_being_erased(&tenant)?;
         self.inner.commit(vec![Op::PutTenant(tenant.clone(), metadata.clone())], Durability::Hard).await?;
         self.inner.tenants.insert(tenant, metadata);
         Ok(())
@@ -262,11 +298,7 @@ impl Tenancy {
 
     /// Notes that a part of the server works (`None`) or does not, for [`Tenancy::readiness`].
     pub fn set_health(&self, part: &'static str, reason: Option<String>) {
-        let mut health = self.inner.health.lock().unwrap_or_else(PoisonError::into_inner);
-        match reason {
-            Some(reason) => health.insert(part, reason),
-            None => health.remove(part),
-        };
+        self.inner.set_part(part, reason);
     }
 
     /// Says that a container does not run any more: a claimed slot's state is
@@ -295,6 +327,14 @@ impl Tenancy {
 // === impl Inner ===
 
 impl Inner {
+    fn set_part(&self, part: &'static str, reason: Option<String>) {
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        match reason {
+            Some(reason) => health.insert(part, reason),
+            None => health.remove(part),
+        };
+    }
+
     fn check_open(&self) -> Result<(), Error> {
         if self.parts.tasks.draining().is_cancelled() {
             return Err(Error::ShuttingDown);
@@ -341,7 +381,11 @@ impl Inner {
     /// Forgets an entry that has nothing to say; whoever still waits for its guard keeps it.
     fn tidy(&self, key: &Key, entry: Arc<Entry>) {
         drop(entry);
-        self.entries.remove_if(key, |_, entry| Arc::strong_count(entry) == 1 && entry.is_at_rest());
+        let removed =
+            self.entries.remove_if(key, |_, entry| Arc::strong_count(entry) == 1 && entry.is_at_rest());
+        if removed.is_some() {
+            self.cache.look_soon();
+        }
     }
 
     fn active(&self, key: &Key) -> Result<Arc<Live>, Error> {
@@ -353,9 +397,14 @@ impl Inner {
     }
 
     async fn lock<'a>(&self, entry: &'a Entry) -> Result<tokio::sync::MutexGuard<'a, ()>, Error> {
-        tokio::time::timeout(GUARD_WAIT, entry.guard.lock())
-            .await
-            .map_err(|_| Error::Busy { retry_after_ms: RETRY_AFTER_MS })
+        loop {
+            match tokio::time::timeout(GUARD_WAIT, entry.guard.lock()).await {
+                Ok(guard) => return Ok(guard),
+                // What is waited for would have to be fetched anyway.
+                Err(_) if entry.is_fetching.load(Ordering::Acquire) => {}
+                Err(_) => return Err(Error::Busy { retry_after_ms: RETRY_AFTER_MS }),
+            }
+        }
     }
 
     async fn note_activity(&self, live: &Live, now_ms: u64) {

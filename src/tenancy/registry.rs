@@ -6,7 +6,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -27,6 +27,8 @@ use crate::{
 pub(super) struct Entry {
     /// Held by whoever changes the claim: one claim or release at a time (P1).
     pub(super) guard: Arc<tokio::sync::Mutex<()>>,
+    /// Whether whoever holds the guard fetches the state that a claim would need.
+    pub(super) is_fetching: AtomicBool,
     state: Mutex<EntryState>,
 }
 
@@ -125,6 +127,11 @@ impl Entry {
     /// Returns released claims whose state is not saved, oldest first.
     pub(super) fn unsaved(&self) -> Vec<Arc<Unsaved>> {
         lock(&self.state).unsaved.values().cloned().collect()
+    }
+
+    /// Returns those of them that have a tree to save, oldest first.
+    pub(super) fn owed_trees(&self) -> Vec<Arc<Unsaved>> {
+        self.unsaved().into_iter().filter(|unsaved| !unsaved.row().close).collect()
     }
 
     pub(super) fn add_unsaved(&self, unsaved: Arc<Unsaved>) {

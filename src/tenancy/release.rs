@@ -153,7 +153,7 @@ impl Inner {
     ) -> Result<Option<Local>, Error> {
         let Some(live) = entry.live() else {
             // A repeated release waits for the save of the first.
-            let last = entry.unsaved().pop();
+            let last = entry.owed_trees().pop();
             return Ok(last
                 .filter(|last| epoch.is_none_or(|epoch| epoch == last.row().epoch))
                 .map(|last| Local { epoch: last.row().epoch, unsaved: Some(last) }));
@@ -162,12 +162,16 @@ impl Inner {
         if let Some(given) = epoch.filter(|given| *given != current) {
             return Err(Error::StaleEpoch { given, current });
         }
-        let ending = if live.row().state == ClaimState::Claiming { Ending::Failed } else { ending };
+        let row = live.row();
+        let never_active = row.state == ClaimState::Claiming || row.failed;
+        let ending = if never_active { Ending::Failed } else { ending };
         self.journal_end(&live, ending).await?;
         if let Some(accepted) = accepted {
             let _ = accepted.send(current);
         }
-        Ok(Some(Local { epoch: current, unsaved: self.end(key, entry, &live, ending).await }))
+        let unsaved = self.end(key, entry, &live, ending).await;
+        // A claim that did not come up and left nothing was none: nothing was thrown away.
+        Ok((!never_active || unsaved.is_some()).then_some(Local { epoch: current, unsaved }))
     }
 
     async fn journal_end(&self, live: &Live, ending: Ending) -> Result<(), Error> {
@@ -246,7 +250,7 @@ impl Inner {
         let spec = &live.workload.spec;
         let row = live.row();
         // What an earlier claim owes to the store is not this spec's to throw away.
-        if spec.volumes.state.is_none() || (!spec.persist.on_release && entry.unsaved().is_empty()) {
+        if spec.volumes.state.is_none() || (!spec.persist.on_release && entry.owed_trees().is_empty()) {
             self.keep_trying("state is not thrown away yet", key, || {
                 self.parts.files.discard_slot_state(&live.slot)
             })
@@ -256,7 +260,7 @@ impl Inner {
                 self.keep_trying("half a fill is not removed yet", key, || self.parts.files.discard(key))
                     .await;
             }
-            self.settle_without_save(key, entry, row).await;
+            self.settle_without_save(key, entry, live, row, false).await;
             return None;
         }
         let mut attempt = 0;
@@ -278,26 +282,37 @@ impl Inner {
         }
         crash_point!(self.parts.crash, "release.moved");
         let whole = !never_active || captured.handed_over;
+        let never_opened = row.nonce.is_some() && !row.opened;
+        // No program of it ran: the tree is what an earlier claim has left.
+        let as_it_was = !whole && never_opened && captured.is_cached;
+        if as_it_was && self.is_saved(key, entry) {
+            self.settle_without_save(key, entry, live, row, true).await;
+            return None;
+        }
         if !whole && row.state_source != StateSource::Cache {
             // What is there is at most a part of what the store has: it must not become
             // the newest snapshot, and nothing is lost with it.
             self.keep_trying("half a fill is not removed yet", key, || self.parts.files.discard(key)).await;
-            self.settle_without_save(key, entry, row).await;
+            self.settle_without_save(key, entry, live, row, false).await;
             return None;
         }
         if !whole && !captured.is_cached && self.is_saved(key, entry) {
             // Somebody removed the cached tree; the store has just what it was. Without
             // this the tenant would for ever be saving a tree that is not there.
             error!(tenant = %key.tenant, workload = %key.workload, "cached tree is gone from disk; the next claim takes the store's snapshot");
-            self.settle_without_save(key, entry, row).await;
+            self.settle_without_save(key, entry, live, row, false).await;
             return None;
         }
-        Some(self.journal_dirty(key, entry, live, row).await)
+        // The same version of a tree is saved by the same attempt: it may have done it, and let
+        // another server in.
+        let before = entry.owed_trees().pop().filter(|_| as_it_was).and_then(|owed| owed.row().nonce);
+        let nonce = before.unwrap_or_else(|| random_hex(&*self.parts.clock, 16));
+        Some(self.journal_dirty(key, entry, live, ClaimRow { nonce: Some(nonce), ..row }).await)
     }
 
     /// Returns whether the store has a tenant's state as this node last had it.
     fn is_saved(&self, key: &Key, entry: &Entry) -> bool {
-        entry.unsaved().is_empty() && self.trees.get(key).is_some_and(|tree| tree.saved.is_some())
+        entry.owed_trees().is_empty() && self.trees.get(key).is_some_and(|tree| tree.saved.is_some())
     }
 
     /// Journals DIRTY, hard: from now on this node has the only copy.
@@ -310,7 +325,6 @@ impl Inner {
     ) -> Arc<Unsaved> {
         row.state = row.state.step(ClaimState::Dirty).unwrap_or(ClaimState::Dirty);
         row.slot = None;
-        row.nonce = Some(random_hex(&*self.parts.clock, 16));
         let saved = self.trees.get(key).and_then(|tree| tree.saved.clone());
         let tree = TreeRow {
             key: key.clone(),
@@ -318,6 +332,7 @@ impl Inner {
             cached: true,
             saved,
             owner: Some(live.made.run_as),
+            opened: self.trees.get(key).and_then(|tree| tree.opened),
         };
         self.keep_trying("captured state is not journaled yet", key, || {
             let ops = vec![Op::PutClaim(Box::new(row.clone())), Op::PutTree(tree.clone())];
@@ -332,17 +347,51 @@ impl Inner {
     }
 
     /// Ends a claim that leaves nothing behind that the store does not have.
-    async fn settle_without_save(&self, key: &Key, entry: &Arc<Entry>, row: ClaimRow) {
-        let saved = self.trees.get(key).and_then(|tree| tree.saved.clone());
-        let tree = TreeRow { key: key.clone(), epoch: row.epoch, cached: false, saved, owner: None };
+    /// Its end is written to the store where the store may take it for open: a duty of its own.
+    async fn settle_without_save(
+        self: &Arc<Self>,
+        key: &Key,
+        entry: &Arc<Entry>,
+        live: &Live,
+        mut row: ClaimRow,
+        cached: bool,
+    ) {
+        let known = self.trees.get(key).map(|tree| tree.clone());
+        let saved = known.as_ref().and_then(|tree| tree.saved.clone());
+        // A tree that came from the store was given to this claim's program.
+        let owner = known.as_ref().and_then(|tree| tree.owner).or(Some(row.run_as)).filter(|_| cached);
+        let opened = known.and_then(|tree| tree.opened);
+        let tree = TreeRow { key: key.clone(), epoch: row.epoch, cached, saved, owner, opened };
+        let closes = Self::needs_close(&row);
+        if closes {
+            row.state = row.state.step(ClaimState::Dirty).unwrap_or(ClaimState::Dirty);
+            row.slot = None;
+            row.close = true;
+            row.nonce = Some(random_hex(&*self.parts.clock, 16));
+        }
         self.keep_trying("ended claim is not journaled yet", key, || {
-            let mut ops = vec![Op::DropClaim(key.clone(), row.epoch), Op::PutTree(tree.clone())];
+            let claim = if closes {
+                Op::PutClaim(Box::new(row.clone()))
+            } else {
+                Op::DropClaim(key.clone(), row.epoch)
+            };
+            let mut ops = vec![claim, Op::PutTree(tree.clone())];
             ops.extend(entry.unsaved().iter().map(|before| Op::DropClaim(key.clone(), before.row().epoch)));
             self.commit(ops, Durability::Hard)
         })
         .await;
         entry.settle(row.epoch);
         self.trees.insert(key.clone(), tree);
+        if cached {
+            self.cache.note_use(key, self.now_ms());
+        }
+        if closes {
+            crash_point!(self.parts.crash, "close.journaled");
+            live.set_row(row.clone());
+            let unsaved = Arc::new(Unsaved::new(row, Arc::clone(&live.workload), SaveOutcome::Saving));
+            entry.add_unsaved(Arc::clone(&unsaved));
+            self.start_save(key, unsaved);
+        }
     }
 
     /// Stops the container, for as long as it takes (P8: looked up, never assumed).
@@ -404,7 +453,7 @@ impl Inner {
     }
 
     /// Repeats what must succeed before anything else may happen, with backoff.
-    async fn keep_trying<F, Fut, E>(&self, what: &'static str, key: &Key, mut attempt: F)
+    pub(super) async fn keep_trying<F, Fut, E>(&self, what: &'static str, key: &Key, mut attempt: F)
     where
         F: FnMut() -> Fut,
         Fut: Future<Output = Result<(), E>>,

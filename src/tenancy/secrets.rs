@@ -35,6 +35,7 @@ impl Inner {
         secret: &Secret,
     ) -> Result<(), Error> {
         check_name(name).map_err(|problem| Error::Invalid { field: "name".to_owned(), problem })?;
+        self.not_being_erased(tenant)?;
         if secret.expose().len() > MAX_SECRET_BYTES {
             let problem =
                 format!("{} bytes are too many; allowed: up to {MAX_SECRET_BYTES}", secret.expose().len());

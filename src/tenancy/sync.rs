@@ -13,7 +13,7 @@ use crate::{
     model::{ClaimState, ContainerId, Key},
     retry::Backoff,
     runtime::{ContainerStatus, SharedRuntime},
-    state::{CheckpointId, Save, SaveTree},
+    state::{Base, CheckpointId, Save, SaveTree},
 };
 
 /// Checkpoints that upkeep makes at once.
@@ -36,6 +36,7 @@ impl Inner {
             let problem = format!("workload {} has no `volumes.state` to save", key.workload);
             return Err(Error::Invalid { field: "workload".to_owned(), problem });
         }
+        self.ownership.term().await?;
         let _sync = tokio::time::timeout(GUARD_WAIT, live.sync.lock())
             .await
             .map_err(|_| Error::Busy { retry_after_ms: RETRY_AFTER_MS })?;
@@ -74,8 +75,11 @@ impl Inner {
             tree: SaveTree::Checkpoint(checkpoint.clone()),
             run_as: live.made.run_as,
             failed_claim: false,
+            author: self.ownership.author(live.row().term),
+            is_last: false,
             persist: live.workload.spec.persist.clone(),
             max_bytes: max_bytes(&live.workload),
+            base: if self.has_chain(key, &live.row()) { Base::Chain } else { Base::Any },
         };
         let began = Instant::now();
         let saved = tokio::select! {
@@ -91,6 +95,7 @@ impl Inner {
             }
         };
         self.parts.metrics.save("ok", began.elapsed());
+        self.published();
         crash_point!(self.parts.crash, "sync.saved");
         let tree = TreeRow {
             key: key.clone(),
@@ -98,6 +103,7 @@ impl Inner {
             cached: true,
             saved: Some(saved.snapshot.clone()),
             owner: Some(live.made.run_as),
+            opened: self.trees.get(key).and_then(|tree| tree.opened),
         };
         let note = |row: &mut ClaimRow| {
             row.snapshot = Some(saved.snapshot.clone());

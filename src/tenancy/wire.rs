@@ -293,6 +293,69 @@ pub enum Error {
         /// How.
         reason: String,
     },
+    /// 409 `not_in_conflict`
+    #[error("state of {tenant} in {workload} is in no conflict with the store: there is nothing to decide")]
+    NotInConflict {
+        /// The tenant.
+        tenant: TenantId,
+        /// The workload.
+        workload: WorkloadId,
+    },
+    /// 409 `claimed`
+    #[error("tenant {tenant} has a claim of workload {workload}: release it first")]
+    Claimed {
+        /// The tenant.
+        tenant: TenantId,
+        /// The workload.
+        workload: WorkloadId,
+    },
+    /// 409 `claimed_elsewhere`
+    #[error("tenant {tenant} has a claim of workload {workload} on server {server}")]
+    ClaimedElsewhere {
+        /// The tenant.
+        tenant: TenantId,
+        /// The workload.
+        workload: WorkloadId,
+        /// The other server's identity.
+        server: String,
+    },
+    /// 409 `state_not_saved`
+    #[error(
+        "state of {tenant} in {workload} is not saved yet ({reason}); it is tried again and again: wait until \
+         `status` shows no claim"
+    )]
+    StateNotSaved {
+        /// The tenant.
+        tenant: TenantId,
+        /// The workload.
+        workload: WorkloadId,
+        /// Why.
+        reason: String,
+        /// When to try again.
+        retry_after_ms: u64,
+    },
+    /// 409 `state_exists`
+    #[error("tenant {tenant} has state of workload {workload} already: only a new tenant can be a fork")]
+    StateExists {
+        /// The tenant.
+        tenant: TenantId,
+        /// The workload.
+        workload: WorkloadId,
+    },
+    /// 404 `unknown_snapshot`
+    #[error("{problem}")]
+    UnknownSnapshot {
+        /// Which snapshots there are.
+        problem: String,
+    },
+    /// 409 `being_erased`
+    #[error("tenant {tenant} is being erased")]
+    BeingErased {
+        /// The tenant.
+        tenant: TenantId,
+        /// When to try again.
+        retry_after_ms: u64,
+    },
     /// 422 `invalid_field`
     #[error("{field}: {problem}")]
     Invalid {
@@ -341,6 +404,14 @@ pub enum Error {
         /// When to try again.
         retry_after_ms: u64,
     },
+    /// 503 `store_owned_elsewhere`
+    #[error("this server may not use the store: {reason}")]
+    StoreOwnedElsewhere {
+        /// Whose it is, since when, and what to do.
+        reason: String,
+        /// When to try again.
+        retry_after_ms: u64,
+    },
     /// 422 `state_over_limit`
     #[error("the tenant's state is not saved: {reason}")]
     StateOverLimit {
@@ -351,6 +422,12 @@ pub enum Error {
     #[error("the tenant's state cannot be used: {reason}")]
     StateDamaged {
         /// Why.
+        reason: String,
+    },
+    /// 500 `state_sealed`
+    #[error("the tenant's state cannot be opened: {reason}")]
+    StateSealed {
+        /// Which key it needs.
         reason: String,
     },
     /// 503 `runtime_unavailable`

@@ -4,7 +4,10 @@
 //! |---|---|---|
 //! | idle | 1–15 s | release of claims without a sign of use |
 //! | sync | 1 s | checkpoints whose `persist.every_ms` has passed |
+//! | cache | 1 s | trees to go that the node's cache has no room for |
 //! | health | 15 s | a look at engine and store, for `/readyz` |
+//! | erasures | 60 s | going on with erasures that were begun and did not end |
+//! | collection | 1 h | removal of objects that no kept snapshot needs |
 //! | dangling | 30 s | removal of containers that no slot knows, notice of dead ones |
 //!
 //! Beside them runs one task that listens to the engine's events, so that a
@@ -25,12 +28,15 @@ use crate::{
     runtime::{ContainerStatus, EventKind, SharedRuntime},
     store::SharedStore,
     telemetry::chain,
-    tenancy::Tenancy,
+    tenancy::{CollectRequest, Tenancy},
 };
 
 const HEALTH_EVERY: Duration = Duration::from_secs(15);
 const DANGLING_EVERY: Duration = Duration::from_secs(30);
 const SYNC_EVERY: Duration = Duration::from_secs(1);
+const CACHE_EVERY: Duration = Duration::from_secs(1);
+const ERASURES_EVERY: Duration = Duration::from_secs(60);
+const COLLECT_EVERY: Duration = Duration::from_secs(60 * 60);
 const LISTEN: Backoff = Backoff { base_ms: 500, cap_ms: 15_000 };
 
 /// What upkeep works with.
@@ -71,7 +77,11 @@ impl Upkeep {
             .await?;
         }
         self.add(&scheduler, SYNC_EVERY, |upkeep| async move { upkeep.tenancy.sync_due().await }).await?;
+        self.add(&scheduler, CACHE_EVERY, |upkeep| async move { upkeep.tenancy.trim_cache().await }).await?;
         self.add(&scheduler, HEALTH_EVERY, |upkeep| async move { upkeep.look_at_health().await }).await?;
+        self.add(&scheduler, ERASURES_EVERY, |upkeep| async move { upkeep.tenancy.finish_erasures().await })
+            .await?;
+        self.add(&scheduler, COLLECT_EVERY, |upkeep| async move { upkeep.collect().await }).await?;
         self.add(&scheduler, DANGLING_EVERY, |upkeep| async move { upkeep.reconcile().await }).await?;
         scheduler.start().await?;
         let upkeep = self.clone();
@@ -85,6 +95,14 @@ impl Upkeep {
             }
         });
         Ok(())
+    }
+
+    /// Has what no kept snapshot needs removed from the store.
+    pub async fn collect(&self) {
+        match self.tenancy.collect(CollectRequest::default()).await {
+            Ok(collected) => debug!(?collected, "collected"),
+            Err(error) => debug!(error = &error as &dyn std::error::Error, "nothing is collected"),
+        }
     }
 
     /// Compares the engine's containers with the pools' slots.

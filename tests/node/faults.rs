@@ -17,6 +17,7 @@ use boilerhouse::{
 use crate::{
     WORKER,
     support::node::{TestNode, World, wait_for},
+    world_with,
 };
 
 const TENANT: &str = "acme";
@@ -65,13 +66,18 @@ async fn claim_at_last(node: &TestNode) -> Result<ClaimAnswer, String> {
 
 /// Releases until the state is durable.
 async fn release_at_last(node: &TestNode) -> Result<(), String> {
+    release_until(node, ReleaseState::Durable).await
+}
+
+async fn release_until(node: &TestNode, end: ReleaseState) -> Result<(), String> {
     let began = std::time::Instant::now();
     loop {
         check_one(node)?;
         let answer = node.release(TENANT).await.map_err(|error| format!("release: {error:?}"))?;
         match answer.state {
             // A save that ended meanwhile leaves nothing to release.
-            ReleaseState::Durable | ReleaseState::NotClaimed => return Ok(()),
+            ReleaseState::NotClaimed => return Ok(()),
+            state if state == end => return Ok(()),
             ReleaseState::Pending if began.elapsed() < Duration::from_secs(40) => {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -107,7 +113,7 @@ async fn day(world: &World, node: TestNode) -> Result<TestNode, String> {
 }
 
 /// What must be true when nothing fails any more.
-async fn check_end(world: &World, node: TestNode, written: u32) -> Result<(), String> {
+async fn check_end(world: &World, node: TestNode, written: u32, end: ReleaseState) -> Result<(), String> {
     world.store.clear();
     let landed = world.store.land().await.map_err(|error| format!("held writes: {error}"))?;
     node.check_no_leaks(world).await;
@@ -119,7 +125,7 @@ async fn check_end(world: &World, node: TestNode, written: u32) -> Result<(), St
     if found.as_deref() != Some(written.to_string().as_str()) {
         return Err(format!("step {written} was durable, the store has {found:?} ({landed} late writes)"));
     }
-    release_at_last(&node).await?;
+    release_until(&node, end).await?;
     node.check_no_leaks(world).await;
     node.stop().await;
     Ok(())
@@ -196,7 +202,7 @@ async fn a_fault_at_any_call_of_the_engine_loses_and_leaks_nothing() {
                         let node = world.start().await;
                         let node = day(&world, node).await?;
                         let fired = world.runtime.calls().get(name).copied().unwrap_or(0) >= nth;
-                        check_end(&world, node, 3).await?;
+                        check_end(&world, node, 3, ReleaseState::Durable).await?;
                         Ok(fired)
                     }
                 })
@@ -229,7 +235,7 @@ async fn a_fault_at_any_call_of_the_store_loses_and_leaks_nothing() {
                     let node = world.start().await;
                     let node = day(&world, node).await?;
                     let fired = world.store.all_calls() >= nth;
-                    check_end(&world, node, 3).await?;
+                    check_end(&world, node, 3, ReleaseState::Durable).await?;
                     Ok(fired)
                 }
             })
@@ -248,6 +254,8 @@ async fn p7_a_second_crash_in_the_repair_of_the_first_is_repaired_too() {
         "refill.created",
         "claim.taken",
         "claim.claiming",
+        "claim.opening",
+        "claim.opened",
         "claim.filled",
         "claim.secrets",
         "claim.activated",
@@ -257,6 +265,8 @@ async fn p7_a_second_crash_in_the_repair_of_the_first_is_repaired_too() {
         "release.moved",
         "release.captured",
         "save.saved",
+        "close.journaled",
+        "close.closed",
         "retire.removed",
         "retire.unmade",
         "sync.paused",
@@ -312,11 +322,13 @@ async fn repaired(node: &TestNode) {
 
 /// Answers how often the node crashed.
 async fn crash_twice(first: &str, second: &str, from_store: bool) -> Result<u32, String> {
-    let world = World::new(&[("worker", WORKER)]);
+    let world = world_with(first);
+    let end = if first.starts_with("close.") { ReleaseState::Discarded } else { ReleaseState::Durable };
     let node = world.start().await;
     let claim = claim_at_last(&node).await?;
     node.write(&claim, "step", "1");
-    release_at_last(&node).await?;
+    node.node.tenancy.sync(tenant(), None).await.map_err(|error| format!("sync: {error:?}"))?;
+    release_until(&node, end).await?;
     node.stop().await;
     if from_store {
         std::fs::remove_dir_all(world.dir.path().join("states")).map_err(|error| error.to_string())?;
@@ -329,7 +341,7 @@ async fn crash_twice(first: &str, second: &str, from_store: bool) -> Result<u32,
         node.write(&claim, "step", "2");
         written = 2;
         let _ = node.node.tenancy.sync(tenant(), None).await;
-        let _ = release_at_last(&node).await;
+        let _ = release_until(&node, end).await;
         // Retirement and refill go on behind the answer.
         node.settle().await;
     };
@@ -354,7 +366,7 @@ async fn crash_twice(first: &str, second: &str, from_store: bool) -> Result<u32,
     if found.as_deref() != Some(written.to_string().as_str()) {
         return Err(format!("step {written} was written, {found:?} is there"));
     }
-    release_at_last(&node).await?;
-    check_end(&world, node, written).await?;
+    release_until(&node, end).await?;
+    check_end(&world, node, written, end).await?;
     Ok(crashes)
 }

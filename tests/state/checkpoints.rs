@@ -9,10 +9,17 @@ use std::{
 use boilerhouse::state::{CheckpointId, Error, FillFrom, SaveTree, SlotFiles};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps};
 
-use crate::support::{MemoryStore, Node, key, save, slot, some_tree, tree, write};
+use crate::{
+    places::Place,
+    support::{MemoryStore, Node, key, save, slot, some_tree, tree, write},
+};
 
 async fn claimed() -> Node {
-    let node = Node::new(&Arc::new(MemoryStore::default()));
+    claimed_on(&Arc::default()).await
+}
+
+async fn claimed_on(store: &Arc<MemoryStore>) -> Node {
+    let node = Node::new(store);
     node.claim(&slot("one"), &key("t"), 1, FillFrom::Empty).await.unwrap();
     some_tree(&node.state_path(&slot("one")));
     node
@@ -33,7 +40,11 @@ fn set_back(path: &Path, seconds: i64) {
 
 #[tokio::test]
 async fn a_checkpoint_is_the_tree_under_pause() {
-    let node = claimed().await;
+    it_is_the_tree_under_pause(&Place::Memory).await;
+}
+
+pub(crate) async fn it_is_the_tree_under_pause(place: &Place) {
+    let node = claimed_on(&place.store()).await;
     let root = node.state_path(&slot("one"));
     write(&root, "same-size", b"before");
     set_back(&root.join("same-size"), 1_000);
@@ -117,12 +128,62 @@ async fn a_copy_that_is_given_up_leaves_nothing() {
     }
     // A freeze that is given up spoils the checkpoint.
     let id = node.files.copy_live(&one, &key).await.unwrap();
+    // So much to copy that it is not done at the first poll.
+    for n in 0..500 {
+        write(&root, &format!("many/{n}"), &[2; 2_000]);
+    }
     {
         let mut freeze = Box::pin(node.files.copy_paused(&id));
         tokio::select! { biased; _ = &mut freeze => panic!("it cannot be done at the first poll"), () = tokio::task::yield_now() => {} }
     }
     node.files.drop_checkpoint(&id).await.unwrap();
     assert_eq!(node.staging(), Vec::<String>::new());
+}
+
+/// Names of one file stay so, whichever of them changed and when.
+#[tokio::test]
+async fn hard_links_are_one_file_in_a_checkpoint() {
+    names_are_one_file(&Place::Memory).await;
+}
+
+pub(crate) async fn names_are_one_file(place: &Place) {
+    let node = claimed_on(&place.store()).await;
+    let root = node.state_path(&slot("one"));
+    let link = |from: &str, to: &str| std::fs::hard_link(root.join(from), root.join(to)).unwrap();
+    let append = |name: &str| {
+        let mut file = std::fs::OpenOptions::new().append(true).open(root.join(name)).unwrap();
+        std::io::Write::write_all(&mut file, b" and more").unwrap();
+    };
+    link("a.txt", "dir/a2.txt");
+    link("a.txt", "dir/deep/a3.txt");
+    link("dir/b.txt", "b2.txt");
+    std::fs::hard_link(root.join("link"), root.join("link2")).unwrap();
+    for round in 0..4 {
+        match round {
+            // Through another name than the first.
+            1 => append("dir/deep/a3.txt"),
+            // The first name goes, and the second becomes another file.
+            2 => {
+                std::fs::remove_file(root.join("a.txt")).unwrap();
+                std::fs::remove_file(root.join("b2.txt")).unwrap();
+                write(&root, "b2.txt", b"on its own");
+            }
+            _ => {}
+        }
+        let id = node.files.copy_live(&slot("one"), &key("t")).await.unwrap();
+        // Between the passes, too.
+        match round {
+            1 => append("b2.txt"),
+            2 => link("dir/b.txt", "0"),
+            3 => append("0"),
+            _ => {}
+        }
+        node.files.copy_paused(&id).await.unwrap();
+        let expected = tree(&root);
+        assert!(expected.values().filter(|entry| entry.same_as.is_some()).count() >= 3);
+        assert_eq!(saved_tree(&node, &id).await, expected, "round {round}");
+        node.files.drop_checkpoint(&id).await.unwrap();
+    }
 }
 
 /// While the program writes, removes and renames, the first pass neither fails

@@ -6,7 +6,7 @@ use boilerhouse::{
     clock::SystemClock,
     model::{Epoch, Key, Secret, SlotId},
     state::{
-        Error, FileAction, FileAnswer, FillFrom, SaveTree, SlotFiles,
+        Base, Error, FileAction, FileAnswer, FillFrom, Save, SaveTree, SlotFiles,
         fake::{FakeFiles, FaultAt},
     },
 };
@@ -35,6 +35,10 @@ async fn claim(
 ) -> Result<u64, Error> {
     files.prepare(slot, &volumes()).await.unwrap();
     Ok(files.fill(&fill(slot, key, epoch, from)).await?.entries)
+}
+
+fn decided(key: &Key, epoch: u64, nonce: &str, after: u64) -> Save {
+    Save { base: Base::Decided(after), ..save(key, epoch, nonce) }
 }
 
 /// `node` and `other` share a store.
@@ -96,6 +100,31 @@ async fn check(node: &dyn SlotFiles, other: &dyn SlotFiles) {
     node.capture(&two, &mine).await.unwrap();
     let fenced = node.save(&save(&mine, 2, "stale")).await;
     assert!(matches!(fenced, Err(Error::Fenced { own: Epoch(2), newest: Epoch(3), .. })), "{fenced:?}");
+
+    // An operator decides for its tree: right after the record that was looked at, or not at all.
+    let head = node.head(&mine).await.unwrap().unwrap();
+    for after in [0, head.number - 1, head.number + 1] {
+        let late = decided(&mine, 4, "late", after);
+        let fenced = node.save(&late).await;
+        assert!(matches!(fenced, Err(Error::Fenced { own: Epoch(4), .. })), "after {after}: {fenced:?}");
+    }
+    for _ in 0..2 {
+        let saved = node.save(&decided(&mine, 4, "decided", head.number)).await.unwrap();
+        assert_eq!(saved.snapshot.number, head.number + 1, "once");
+    }
+    let fenced = node.save(&decided(&mine, 5, "another", head.number)).await;
+    assert!(matches!(fenced, Err(Error::Fenced { .. })), "{fenced:?}");
+
+    // Where the store has lost a key's history no new one begins by itself.
+    claim(node, &three, &key("lost"), 1, FillFrom::Empty).await.unwrap();
+    node.capture(&three, &key("lost")).await.unwrap();
+    let lost = Save { base: Base::Chain, ..save(&key("lost"), 1, "lost") };
+    assert!(matches!(node.save(&lost).await, Err(Error::Damaged { .. })));
+    assert_eq!(node.head(&key("lost")).await.unwrap(), None);
+    assert_eq!(node.save(&decided(&key("lost"), 2, "new", 0)).await.unwrap().snapshot.number, 1);
+    node.discard(&key("lost")).await.unwrap();
+    node.wipe(&three).await.unwrap();
+
     node.discard(&mine).await.unwrap();
     assert!(node.save(&save(&mine, 4, "nothing")).await.is_err(), "no tree is not an empty tree");
 

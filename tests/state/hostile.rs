@@ -29,7 +29,7 @@ fn make_fifo(path: &Path) {
 }
 
 /// Makes `depth` nested directories with a file at the bottom, by descriptor.
-fn make_deep(root: &Path, name: &str, depth: usize) {
+pub(crate) fn make_deep(root: &Path, name: &str, depth: usize) {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let mut at = rustix::fs::open(root, flags, Mode::empty()).unwrap();
     for _ in 0..depth {

@@ -202,6 +202,10 @@ async fn another_user_gets_what_was_the_last_ones() {
     let other = Node::new(&node.store);
     other.restored(&three, &key, 3).await;
     let state = other.state_path(&three);
-    assert_eq!(mode_and_owner(&state.join("a.txt")), (0o4711, RUN_AS.uid, RUN_AS.gid));
+    assert_eq!(
+        mode_and_owner(&state.join("a.txt")),
+        (0o711, RUN_AS.uid, RUN_AS.gid),
+        "set-id bits stay behind"
+    );
     assert_eq!(mode_and_owner(&state.join("dir/b.txt")), (0o644, 5, 6));
 }

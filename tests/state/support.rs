@@ -13,20 +13,35 @@ use std::{
 
 use async_trait::async_trait;
 use boilerhouse::{
-    clock::SystemClock,
+    clock::{Clock, SystemClock},
     model::{
         Epoch, Key, Owner, SlotId, SnapshotRef, TenantId, WorkloadId,
-        spec::{Persist, Volume, VolumeMode, Volumes},
+        spec::{Layout, Persist, Volume, VolumeMode, Volumes},
     },
     state::{
-        Error, Fill, FillFrom, Filled, Save, SaveTree, Saved, SlotFiles,
+        Base, Encryption, Error, Fill, FillFrom, Filled, Save, SaveTree, Saved, SlotFiles,
+        fence::Author,
         host::{HostDirs, HostFiles},
     },
-    store::{self, Creation, Listed, Store},
+    store::{self, Creation, Listed, Parts, SharedStore, Store, Versioning},
 };
 use bytes::Bytes;
+use futures_util::StreamExt as _;
 
 pub(crate) const RUN_AS: Owner = Owner { uid: 12_345, gid: 12_346 };
+
+/// The system's clock, some hours on: nothing in the store is too new to be removed.
+pub(crate) struct Later;
+
+impl Clock for Later {
+    fn unix_ms(&self) -> u64 {
+        SystemClock.unix_ms() + 3 * 60 * 60 * 1_000
+    }
+
+    fn fill_random(&self, bytes: &mut [u8]) {
+        SystemClock.fill_random(bytes);
+    }
+}
 
 /// What happens to a call of the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,9 +54,13 @@ pub(crate) enum Strike {
     UnknownNotDone,
 }
 
-/// A store in memory that may fail at its n-th call.
+/// A store in memory that may fail at its n-th call. Over another store it passes
+/// everything on.
 #[derive(Default)]
 pub(crate) struct MemoryStore {
+    back: Option<SharedStore>,
+    /// The largest body that was read.
+    pub(crate) largest: Mutex<usize>,
     pub(crate) objects: Mutex<BTreeMap<String, Bytes>>,
     calls: Mutex<u64>,
     strike: Mutex<Option<(u64, Strike)>>,
@@ -54,6 +73,10 @@ pub(crate) struct MemoryStore {
 }
 
 impl MemoryStore {
+    pub(crate) fn over(back: SharedStore) -> Self {
+        Self { back: Some(back), ..Self::default() }
+    }
+
     /// The `nth` call from now (1 is the next) is struck.
     pub(crate) fn strike(&self, nth: u64, strike: Strike) {
         *self.strike.lock().unwrap() = Some((*self.calls.lock().unwrap() + nth, strike));
@@ -100,6 +123,11 @@ impl MemoryStore {
         }
     }
 
+    fn note_size(&self, bytes: usize) {
+        let mut largest = self.largest.lock().unwrap();
+        *largest = bytes.max(*largest);
+    }
+
     fn forgets(&self, key: &str) -> bool {
         self.forgets.lock().unwrap().is_some_and(|part| key.contains(part))
     }
@@ -112,14 +140,22 @@ impl Store for MemoryStore {
     }
 
     async fn get(&self, key: &str) -> Result<Option<Bytes>, store::Error> {
+        if let Some(back) = &self.back {
+            return back.get(key).await;
+        }
         let garbles = self.garbles.lock().unwrap().is_some_and(|part| key.contains(part));
         self.read(key, || {
             let body = self.objects.lock().unwrap().get(key).cloned()?;
-            Some(if garbles { Bytes::from([&body[..], b"!"].concat()) } else { body })
+            let body = if garbles { Bytes::from([&body[..], b"!"].concat()) } else { body };
+            self.note_size(body.len());
+            Some(body)
         })
     }
 
     async fn put(&self, key: &str, body: Bytes) -> Result<(), store::Error> {
+        if let Some(back) = &self.back {
+            return back.put(key, body).await;
+        }
         // A real store takes its time; others get a turn.
         tokio::task::yield_now().await;
         self.write(key, || {
@@ -130,6 +166,9 @@ impl Store for MemoryStore {
     }
 
     async fn create(&self, key: &str, body: Bytes) -> Result<Creation, store::Error> {
+        if let Some(back) = &self.back {
+            return back.create(key, body).await;
+        }
         self.write(key, || {
             let mut objects = self.objects.lock().unwrap();
             if objects.contains_key(key) {
@@ -148,6 +187,9 @@ impl Store for MemoryStore {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Vec<Listed>, store::Error> {
+        if let Some(back) = &self.back {
+            return back.list(prefix, after, limit).await;
+        }
         self.read(prefix, || {
             if self.hides.lock().unwrap().is_some_and(|part| prefix.contains(part)) {
                 return Vec::new();
@@ -157,15 +199,77 @@ impl Store for MemoryStore {
             let found = found.filter(|(key, _)| after.is_none_or(|after| key.as_str() > after));
             found
                 .take(limit)
-                .map(|(key, body)| Listed { key: key.clone(), bytes: body.len() as u64 })
+                .map(|(key, body)| Listed { key: key.clone(), bytes: body.len() as u64, modified_ms: 0 })
                 .collect()
         })
     }
 
     async fn delete(&self, key: &str) -> Result<(), store::Error> {
+        if let Some(back) = &self.back {
+            return back.delete(key).await;
+        }
         self.write(key, || {
             self.objects.lock().unwrap().remove(key);
         })
+    }
+
+    async fn copy(&self, from: &str, to: &str) -> Result<bool, store::Error> {
+        if let Some(back) = &self.back {
+            return back.copy(from, to).await;
+        }
+        self.write(to, || {
+            let mut objects = self.objects.lock().unwrap();
+            let Some(body) = objects.get(from).cloned() else { return false };
+            if !self.forgets(to) {
+                objects.insert(to.to_owned(), body);
+            }
+            true
+        })
+    }
+
+    async fn get_range(&self, key: &str, offset: u64, bytes: u64) -> Result<Option<Bytes>, store::Error> {
+        if let Some(back) = &self.back {
+            return back.get_range(key, offset, bytes).await;
+        }
+        let garbles = self.garbles.lock().unwrap().is_some_and(|part| key.contains(part));
+        self.read(key, || {
+            let body = self.objects.lock().unwrap().get(key).cloned()?;
+            let body = if garbles { Bytes::from([&body[..], b"!"].concat()) } else { body };
+            let start = usize::try_from(offset).unwrap().min(body.len());
+            let end = usize::try_from(offset + bytes).unwrap().min(body.len());
+            self.note_size(end - start);
+            Some(body.slice(start..end))
+        })
+    }
+
+    async fn put_parts(&self, key: &str, mut parts: Parts) -> Result<(), store::Error> {
+        if let Some(back) = &self.back {
+            return back.put_parts(key, parts).await;
+        }
+        let mut body = Vec::new();
+        while let Some(part) = parts.next().await {
+            let part = part.map_err(|error| store::Error::Unavailable {
+                operation: "put_parts",
+                key: key.to_owned(),
+                reason: error.to_string(),
+            })?;
+            body.extend_from_slice(&part);
+        }
+        self.put(key, body.into()).await
+    }
+
+    async fn versioning(&self) -> Result<Versioning, store::Error> {
+        if let Some(back) = &self.back {
+            return back.versioning().await;
+        }
+        self.read("", || Versioning::Off)
+    }
+
+    async fn abort_uploads(&self, before_ms: u64) -> Result<u64, store::Error> {
+        if let Some(back) = &self.back {
+            return back.abort_uploads(before_ms).await;
+        }
+        self.read("", || 0)
     }
 }
 
@@ -179,12 +283,23 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn new(store: &Arc<MemoryStore>) -> Self {
+        Self::with_encryption(store, Encryption::off(Arc::new(SystemClock)))
+    }
+
+    /// As [`Node::new`], on a file system in memory.
+    pub(crate) fn in_memory(store: &Arc<MemoryStore>) -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let files = open(dir.path(), store).unwrap();
+        Self { files, store: Arc::clone(store), dir }
+    }
+
+    pub(crate) fn with_encryption(store: &Arc<MemoryStore>, encryption: Encryption) -> Self {
         assert!(
             rustix::process::geteuid().is_root(),
             "these tests need root: they make trees of other owners"
         );
         let dir = tempfile::tempdir().unwrap();
-        let files = open(dir.path(), store).unwrap();
+        let files = open_encrypted(dir.path(), store, encryption).unwrap();
         Self { files, store: Arc::clone(store), dir }
     }
 
@@ -194,6 +309,17 @@ impl Node {
         drop(files);
         let files = open(dir.path(), &store).unwrap();
         Self { files, store, dir }
+    }
+
+    /// The host lost its power and starts again.
+    pub(crate) fn after_power_loss(self) -> Self {
+        let Self { files, store, dir } = self;
+        drop(files);
+        let clock: boilerhouse::clock::SharedClock = Arc::new(SystemClock);
+        let encryption = Encryption::off(Arc::clone(&clock));
+        let (dirs, shared) = (dirs(dir.path()), Arc::<MemoryStore>::clone(&store));
+        let files = HostFiles::open_in_boot(dirs, shared, clock, encryption, "another");
+        Self { files: files.unwrap(), store, dir }
     }
 
     pub(crate) fn state_path(&self, slot: &SlotId) -> PathBuf {
@@ -249,13 +375,21 @@ impl Node {
     }
 }
 
-pub(crate) fn open(dir: &Path, store: &Arc<MemoryStore>) -> Result<HostFiles, Error> {
-    let dirs = HostDirs {
+fn dirs(dir: &Path) -> HostDirs {
+    HostDirs {
         state_dir: dir.join("state"),
         secrets_dir: dir.join("secrets"),
         socket_dir: dir.join("sockets"),
-    };
-    HostFiles::open(dirs, Arc::<MemoryStore>::clone(store), Arc::new(SystemClock))
+    }
+}
+
+pub(crate) fn open(dir: &Path, store: &Arc<MemoryStore>) -> Result<HostFiles, Error> {
+    open_encrypted(dir, store, Encryption::off(Arc::new(SystemClock)))
+}
+
+fn open_encrypted(dir: &Path, store: &Arc<MemoryStore>, encryption: Encryption) -> Result<HostFiles, Error> {
+    let (store, clock) = (Arc::<MemoryStore>::clone(store), Arc::new(SystemClock));
+    HostFiles::open_encrypted(dirs(dir), store, clock, encryption)
 }
 
 pub(crate) fn key(tenant: &str) -> Key {
@@ -288,14 +422,19 @@ pub(crate) fn save(key: &Key, epoch: u64, nonce: &str) -> Save {
         tree: SaveTree::Cache,
         run_as: RUN_AS,
         failed_claim: false,
+        author: Author { server: "node".to_owned(), term: None },
+        is_last: true,
         persist: Persist {
             on_release: true,
             every_ms: 0,
             exclude: Vec::new(),
             keep_last: 10,
+            keep_days: 0,
             max_pause_ms: 1_000,
+            layout: Layout::Snapshot,
         },
         max_bytes: None,
+        base: Base::Any,
     }
 }
 
@@ -310,13 +449,17 @@ pub(crate) struct Entry {
     pub(crate) owner: (u32, u32),
     pub(crate) modified: (i64, i64),
     pub(crate) content: Vec<u8>,
+    pub(crate) attributes: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// The first path, in order, that is the same file.
+    pub(crate) same_as: Option<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Entry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { mode, owner, modified, content } = self;
+        let Self { mode, owner, modified, content, attributes, same_as } = self;
         let start = content[..content.len().min(40)].escape_ascii();
-        write!(f, "{mode:o} {owner:?} {modified:?} {} bytes \"{start}\"", content.len())
+        write!(f, "{mode:o} {owner:?} {modified:?} {} bytes \"{start}\"", content.len())?;
+        write!(f, " {attributes:?} {same_as:?}")
     }
 }
 
@@ -326,6 +469,7 @@ pub(crate) type Tree = BTreeMap<Vec<u8>, Entry>;
 /// Reads a tree by plain paths, unlike the code under test.
 pub(crate) fn tree(root: &Path) -> Tree {
     let mut found = Tree::new();
+    let mut numbers = Vec::new();
     let mut open = vec![PathBuf::new()];
     while let Some(path) = open.pop() {
         let full = if path.as_os_str().is_empty() { root.to_owned() } else { root.join(&path) };
@@ -345,10 +489,41 @@ pub(crate) fn tree(root: &Path) -> Tree {
             owner: (meta.uid(), meta.gid()),
             modified: (meta.mtime(), meta.mtime_nsec()),
             content,
+            attributes: attributes(&full),
+            same_as: None,
         };
+        numbers.push(((meta.dev(), meta.ino()), path.as_os_str().as_bytes().to_vec(), meta.is_dir()));
         found.insert(path.as_os_str().as_bytes().to_vec(), entry);
     }
+    numbers.sort();
+    for same in numbers.chunk_by(|one, next| one.0 == next.0).filter(|same| !same[0].2) {
+        for (_, path, _) in &same[1..] {
+            found.get_mut(path).unwrap().same_as = Some(same[0].1.clone());
+        }
+    }
     found
+}
+
+/// Reads every attribute that a program could have set.
+fn attributes(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    let mut names = vec![0; 65_536];
+    let length = rustix::fs::llistxattr(path, &mut names[..]).unwrap();
+    let names = names[..length].split(|byte| *byte == 0);
+    let names = names.filter(|name| name.starts_with(b"user.") || name.starts_with(b"system.posix_acl"));
+    let value = |name: &[u8]| {
+        let mut value = vec![0; 65_536];
+        let length = rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap();
+        value[..length].to_vec()
+    };
+    names.map(|name| (name.to_vec(), value(name))).collect()
+}
+
+/// What a tree is after a restore from the store: set-id bits of files are gone.
+pub(crate) fn without_set_id(mut tree: Tree) -> Tree {
+    for entry in tree.values_mut().filter(|entry| entry.mode & 0o170000 == 0o100000) {
+        entry.mode &= !0o6000;
+    }
+    tree
 }
 
 /// Leaves the root's time out, which a crash in the middle of a move may change.

@@ -10,7 +10,7 @@ use std::{
 use boilerhouse::{
     app::{Node, NodeParts},
     clock::{SharedClock, SystemClock},
-    journal::{Journal, Mode},
+    journal::{self, Journal},
     lifecycle::CrashPoints,
     model::{Owner, TenantId, spec::SpecDefaults},
     runtime::{
@@ -19,9 +19,13 @@ use boilerhouse::{
     },
     script::{LoadOptions, Runner, RunnerOptions, Set, Sources},
     seal::MasterKey,
-    state::host::{HostDirs, HostFiles},
+    state::{
+        Encryption,
+        fence::Mode,
+        host::{HostDirs, HostFiles},
+    },
     store::{fault::FaultStore, memory::MemoryStore},
-    tenancy::{ClaimAnswer, ClaimRequest, Error, ReleaseAnswer, ReleaseRequest, TenantStatus},
+    tenancy::{CacheLimits, ClaimAnswer, ClaimRequest, Error, ReleaseAnswer, ReleaseRequest, TenantStatus},
 };
 
 /// The identity of the installation under test.
@@ -39,8 +43,13 @@ pub struct World {
     pub dir: tempfile::TempDir,
     pub max_containers: u32,
     pub idle_timeout_ms: u64,
+    pub cache: CacheLimits,
     pub boot_id: String,
     pub master_key: bool,
+    /// Whether state is sealed; needs the master key.
+    pub sealed: bool,
+    pub store_mode: Mode,
+    pub instance: String,
 }
 
 /// A running node and the switch that crashes it.
@@ -74,9 +83,21 @@ impl World {
             dir,
             max_containers: 50,
             idle_timeout_ms: 0,
+            cache: CacheLimits::default(),
             boot_id: "boot-1".to_owned(),
             master_key: true,
+            sealed: false,
+            store_mode: Mode::Exclusive,
+            instance: INSTANCE.to_owned(),
         }
+    }
+
+    /// Makes another server with a disk and an engine of its own, on the same store.
+    pub fn beside(&self, instance: &str, workloads: &[(&str, &str)]) -> Self {
+        let objects = Arc::clone(&self.objects);
+        let store = FaultStore::new(objects.clone());
+        let store_mode = self.store_mode;
+        Self { objects, store, store_mode, instance: instance.to_owned(), ..Self::new(workloads) }
     }
 
     /// Starts a node and waits until it serves.
@@ -88,14 +109,24 @@ impl World {
 
     /// Starts a node.
     pub fn launch(&self) -> TestNode {
+        self.launch_in(self.dir.path())
+    }
+
+    /// Starts a node in another directory than this world's own.
+    pub fn launch_in(&self, dir: &Path) -> TestNode {
         let clock: SharedClock = Arc::new(SystemClock);
-        let path = |name: &str| self.dir.path().join(name);
+        let path = |name: &str| dir.join(name);
         let dirs =
             HostDirs { state_dir: path("states"), secrets_dir: path("secrets"), socket_dir: path("sockets") };
-        let files = HostFiles::open(dirs, self.store.clone(), Arc::clone(&clock))
-            .expect("the directories can be used");
-        let (journal, loaded) =
-            Journal::open(&path("states").join("journal.db"), Mode::Threaded).expect("the journal opens");
+        let master_key = self.master_key.then(|| MasterKey::new(&[7; 32]));
+        let encryption = Encryption::new(master_key.clone().map(Arc::new), self.sealed, Arc::clone(&clock))
+            .expect("there is a master key");
+        let store = self.store.clone();
+        let files =
+            HostFiles::open_in_boot(dirs, store, Arc::clone(&clock), encryption.clone(), &self.boot_id)
+                .expect("the directories can be used");
+        let (journal, loaded) = Journal::open(&path("states").join("journal.db"), journal::Mode::Threaded)
+            .expect("the journal opens");
         let options = LoadOptions {
             defaults: SpecDefaults { min_idle: 1, max: self.max_containers },
             default_image: IMAGE.to_owned(),
@@ -108,28 +139,33 @@ impl World {
             clock,
             runtime,
             store: self.store.clone(),
+            store_mode: self.store_mode,
             files: Arc::new(files),
             journal,
             loaded,
             set,
             runner: Runner::new(RunnerOptions::default()),
-            master_key: self.master_key.then(|| MasterKey::new(&[7; 32])),
-            instance: INSTANCE.to_owned(),
+            master_key,
+            encryption,
+            instance: self.instance.clone(),
             boot_id: self.boot_id.clone(),
             store_name: "memory".to_owned(),
             max_containers: self.max_containers,
             idle_timeout_ms: self.idle_timeout_ms,
+            cache: self.cache,
             crash: crash.clone(),
         })
         .expect("the node starts");
-        TestNode { node, crash, dir: self.dir.path().to_owned() }
+        TestNode { node, crash, dir: dir.to_owned() }
     }
 
     /// Returns the names of this installation's containers, running or not.
     pub fn containers(&self) -> Vec<String> {
         let all = self.runtime.all();
         all.into_iter()
-            .filter(|container| container.labels.as_ref().is_some_and(|labels| labels.instance == INSTANCE))
+            .filter(|container| {
+                container.labels.as_ref().is_some_and(|labels| labels.instance == self.instance)
+            })
             .map(|container| container.name)
             .collect()
     }

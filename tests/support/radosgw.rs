@@ -42,9 +42,9 @@ impl Radosgw {
             aws: Aws {
                 access_key_id: Some(value("AWS_ACCESS_KEY_ID")),
                 secret_access_key: Some(Secret::new(value("AWS_SECRET_ACCESS_KEY"))),
-                session_token: None,
                 region: value("AWS_REGION"),
                 endpoint_url: Some(value("AWS_ENDPOINT_URL")),
+                ..Aws::default()
             },
             bucket: value("TEST_S3_BUCKET"),
         }

@@ -106,13 +106,9 @@ impl Home {
         let log = self.path("log");
         let file = File::options().create(true).append(true).open(&log).expect("a log file");
         let before = fs::metadata(&log).map_or(0, |meta| meta.len());
-        let child = Command::new(env!("CARGO_BIN_EXE_boilerhouse"))
-            .arg("serve")
-            .env_clear()
-            .env("PATH", std::env::var("PATH").unwrap_or_default())
+        let child = self
+            .command("serve")
             .env("RUST_LOG", "boilerhouse=debug,script=debug,info")
-            .envs(&self.env)
-            .current_dir(self.dir.path())
             .stdin(Stdio::null())
             .stdout(file.try_clone().expect("a second handle"))
             .stderr(file)
@@ -136,6 +132,18 @@ impl Home {
             assert!(began.elapsed() < START_LIMIT, "the server does not listen:\n{text}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Makes a command of the binary, with this installation's environment and directory.
+    pub fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_boilerhouse"));
+        command
+            .arg(name)
+            .env_clear()
+            .env("PATH", std::env::var("PATH").unwrap_or_default())
+            .envs(&self.env)
+            .current_dir(self.dir.path());
+        command
     }
 
     /// Returns the names of this installation's containers, running or not.

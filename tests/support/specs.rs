@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use boilerhouse::{
     model::{
         SlotId, WorkloadId, WorkloadSpec,
-        spec::{Activation, Network, Persist, PoolSizes, PullPolicy, Resources, Volumes},
+        spec::{Activation, Layout, Network, Persist, PoolSizes, PullPolicy, Resources, Volumes},
     },
     runtime::{
         ExecRequest, Labels,
@@ -33,7 +33,9 @@ pub fn spec(id: &str, image: &str) -> WorkloadSpec {
             every_ms: 0,
             exclude: Vec::new(),
             keep_last: 1,
+            keep_days: 0,
             max_pause_ms: 0,
+            layout: Layout::Snapshot,
         },
         tmpfs: Vec::new(),
         read_only: true,

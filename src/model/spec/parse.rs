@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::{
-    Activation, HealthCheck, Network, Persist, PoolSizes, PullPolicy, Resources, SpecDefaults, Violation,
-    Volume, VolumeMode, Volumes, WorkloadSpec,
+    Activation, HealthCheck, Layout, Network, Persist, PoolSizes, PullPolicy, Resources, SpecDefaults,
+    Violation, Volume, VolumeMode, Volumes, WorkloadSpec,
     reader::{Section, Sink, shown},
     rules::{self, Refusal},
 };
@@ -244,7 +244,12 @@ fn persist(root: &Section<'_>, sink: &Sink, volumes: &Volumes) -> Persist {
         every_ms,
         exclude,
         keep_last: u32::try_from(section.integer("keep_last")).unwrap_or(u32::MAX),
+        keep_days: u32::try_from(section.integer("keep_days")).unwrap_or(u32::MAX),
         max_pause_ms: section.integer("max_pause_ms"),
+        layout: match section.choice("layout") {
+            "mirror" => Layout::Mirror,
+            _ => Layout::Snapshot,
+        },
     }
 }
 

@@ -4,8 +4,8 @@
 //! everything again and copies what differs. A stat alone is not enough:
 //!
 //! - *Racily clean*: a file changed twice within the clock's tick has the same
-//!   times. What changed less than [`RACY_SECONDS`] before the first pass began is
-//!   copied again.
+//!   times. What changed after the first pass began, or so little before that the
+//!   clock may not tell (see `index`), is copied again.
 //! - *Dirty mmap pages move no time stamp*: the kernel sets it when a page becomes
 //!   dirty, not at each store. So the file system is synced before the first pass,
 //!   which makes the pages clean: any store after that is seen by the second
@@ -13,9 +13,13 @@
 //!   nothing. On a tmpfs no time stamp follows a store to a mapped page, and on a
 //!   file system that cannot be synced nothing is known: there every file is
 //!   copied again under pause.
+//!
+//! What the index vouches for is as the newest snapshot has it, and not copied at
+//! all: the copy holds what changed since. The stats under pause become the next
+//! index; what changed after the sync is not in it, for its pages are dirty.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     sync::{
         Arc, Mutex, PoisonError,
@@ -23,6 +27,7 @@ use std::{
     },
 };
 
+use globset::GlobSet;
 use rustix::io::Errno;
 
 use crate::{
@@ -33,12 +38,15 @@ use crate::{
 
 use super::{
     Error, HostFiles, Inner, Lane,
-    fill::TREE,
+    collect::{Walk, is_excluded},
+    fill::{SHELL, TREE},
+    index::{Index, racy_since},
     slot::{OwnerNote, STATE},
     staging::Staging,
 };
 
-const RACY_SECONDS: i64 = 2;
+/// A copy leaves this much of the disk to others.
+const SPARE_BYTES: u64 = 64 * 1024 * 1024;
 
 /// The checkpoints that have been begun and not dropped.
 #[derive(Default)]
@@ -54,10 +62,30 @@ struct Checkpoint {
 
 /// What the copy holds.
 struct Copy {
+    /// Entries as they were in the first pass.
     seen: HashMap<Vec<u8>, Stat>,
+    /// Files that are not in the copy, for the newest snapshot has them as they are.
+    vouched: HashSet<Vec<u8>>,
+    /// The manifest of that snapshot.
+    rests_on: Option<String>,
+    /// Times from then on say nothing; `None`: no time does.
     racy_since: Option<Time>,
-    skipped: u64,
-    is_frozen: bool,
+    frozen: Option<Arc<Frozen>>,
+}
+
+/// A frozen tree: what it was, and copies of those files that the newest snapshot
+/// does not have.
+pub(super) struct Frozen {
+    /// The copies.
+    pub(super) tree: Dir,
+    /// Where the live tree's index is.
+    pub(super) holder: Dir,
+    /// Times from then on are not recorded in the index.
+    pub(super) since: Option<Time>,
+    root: Stat,
+    entries: Vec<Entry>,
+    vouched: HashSet<Vec<u8>>,
+    rests_on: Option<String>,
 }
 
 /// Stops a copy whose caller has gone away.
@@ -105,14 +133,14 @@ impl HostFiles {
         .await
     }
 
-    /// Opens a frozen copy; answers, too, how many entries it left out.
-    pub(super) fn frozen_tree(&self, id: &CheckpointId, key: &Key) -> Result<(Dir, u64), Error> {
+    /// Returns a frozen tree.
+    pub(super) fn frozen(&self, id: &CheckpointId, key: &Key) -> Result<Arc<Frozen>, Error> {
         let checkpoint = self.checkpoint(id)?;
         let copy = checkpoint.copy.lock().unwrap_or_else(PoisonError::into_inner);
-        if !copy.is_frozen || checkpoint.key != *key {
-            return Err(refused(id, "it is no frozen copy of this state"));
+        match &copy.frozen {
+            Some(frozen) if checkpoint.key == *key => Ok(Arc::clone(frozen)),
+            _ => Err(refused(id, "it is no frozen copy of this state")),
         }
-        Ok((checkpoint.staging.dir()?.open_dir(TREE)?, copy.skipped))
     }
 
     fn checkpoint(&self, id: &CheckpointId) -> Result<Arc<Checkpoint>, Error> {
@@ -147,15 +175,28 @@ impl Checkpoint {
                     |error| tracing::warn!(%error, cause = %error.source, "every file is copied under pause"),
                 )
                 .is_ok();
-        let racy_since = is_trusted.then(|| now.earlier(RACY_SECONDS));
-        let mut copy = Copy { seen: HashMap::new(), racy_since, skipped: 0, is_frozen: false };
+        let racy_since = if is_trusted { racy_since(inner.times, now, true) } else { None };
+        // A first claim's slot has no shell yet.
+        let holder = inner.slot_dir(&slot)?.ensure_dir(SHELL)?;
+        let index = if is_trusted { inner.index_of(&holder) } else { None };
+        let chains = inner.moves.of(&key.digest());
+        let is_vouched = |entry: &Entry| {
+            let vouches = |index: &Index| index.vouches(&entry.path, &entry.stat, &chains);
+            entry.stat.kind == Kind::File && index.as_ref().is_some_and(vouches)
+        };
         let entries = disk::list(&state, &Limits::TREE, Missing::Skip, |_, _| !is_set(&is_cancelled))
             .map_err(|error| Error::of_list(&key, error))?;
+        let (mut seen, mut vouched) = (HashMap::new(), HashSet::new());
         for entry in entries {
-            if let Some(stat) = copy_entry(&state, &tree, &entry, Missing::Skip, &is_cancelled)? {
-                copy.seen.insert(entry.path, stat);
+            if is_vouched(&entry) {
+                vouched.insert(entry.path.clone());
+                seen.insert(entry.path, entry.stat);
+            } else if let Some(stat) = copy_entry(&state, &tree, &entry, Missing::Skip, &is_cancelled)? {
+                seen.insert(entry.path, stat);
             }
         }
+        let rests_on = index.map(|index| index.manifest);
+        let copy = Copy { seen, vouched, rests_on, racy_since, frozen: None };
         Ok(Self { slot, key, is_cancelled, copy: Mutex::new(copy), staging })
     }
 
@@ -163,34 +204,71 @@ impl Checkpoint {
         let mut copy = self.copy.lock().unwrap_or_else(PoisonError::into_inner);
         let state = live_tree(inner, &self.slot, &self.key)?;
         let tree = self.staging.dir()?.open_dir(TREE)?;
-        let entries = disk::list(&state, &Limits::TREE, Missing::Error, |_, _| true)
+        let entries = disk::list(&state, &Limits::TREE, Missing::Error, |_, _| !is_set(&self.is_cancelled))
             .map_err(|error| Error::of_list(&self.key, error))?;
         let mut seen = std::mem::take(&mut copy.seen);
-        copy.skipped = 0;
+        let mut vouched = std::mem::take(&mut copy.vouched);
         for entry in &entries {
             let before = seen.remove(&entry.path);
-            copy.skipped += u64::from(entry.stat.kind == Kind::Other);
             if is_unchanged(before.as_ref(), &entry.stat, copy.racy_since) {
                 continue;
             }
-            if before.is_some() {
+            if before.is_some() && !vouched.remove(&entry.path) {
                 remove_path(&tree, &entry.path)?;
             }
             copy_entry(&state, &tree, entry, Missing::Error, &self.is_cancelled)?;
         }
         for path in seen.keys() {
+            vouched.remove(path);
             remove_path(&tree, path)?;
         }
         // Last, for copying changes the times of directories.
         for entry in entries.iter().filter(|entry| entry.stat.kind == Kind::Directory) {
-            set_dir(&tree.open_dir(&entry.path)?, &entry.stat)?;
+            let copied = tree.open_dir(&entry.path)?;
+            state.open_dir(&entry.path)?.copy_attributes_to(&copied)?;
+            set_dir(&copied, &entry.stat)?;
         }
-        set_dir(&tree, &state.stat()?)?;
+        let root = state.stat()?;
+        state.copy_attributes_to(&tree)?;
+        set_dir(&tree, &root)?;
         if is_set(&self.is_cancelled) {
             return Err(cancelled(&tree));
         }
-        copy.is_frozen = true;
+        let holder = inner.slot_dir(&self.slot)?.open_dir(SHELL)?;
+        // Where no time is trusted, none is later than the first.
+        let since = Some(copy.racy_since.unwrap_or(Time { seconds: i64::MIN, nanoseconds: 0 }));
+        let rests_on = copy.rests_on.clone();
+        copy.frozen = Some(Arc::new(Frozen { tree, holder, since, root, entries, vouched, rests_on }));
         Ok(())
+    }
+}
+
+// === impl Frozen ===
+
+impl Frozen {
+    /// Returns whether what is not in the copy is in the snapshot with this manifest.
+    pub(super) fn rests_on(&self, manifest: Option<&str>) -> bool {
+        self.vouched.is_empty() || (manifest.is_some() && self.rests_on.as_deref() == manifest)
+    }
+
+    /// Returns whether a file is as the newest snapshot has it, and not in the copy.
+    pub(super) fn is_vouched(&self, path: &[u8]) -> bool {
+        self.vouched.contains(path)
+    }
+
+    /// Returns the tree as it was under pause, without what is excluded.
+    pub(super) fn walk(&self, exclude: &GlobSet) -> Walk {
+        let mut excluded: HashSet<&[u8]> = HashSet::new();
+        let mut kept = Vec::new();
+        for entry in &self.entries {
+            let (parent, _) = disk::split_last(&entry.path);
+            if excluded.contains(parent) || is_excluded(exclude, &entry.path) {
+                excluded.insert(&entry.path);
+            } else {
+                kept.push(entry.clone());
+            }
+        }
+        Walk { root: self.root, entries: kept, is_copy: true }
     }
 }
 
@@ -253,7 +331,19 @@ fn copy_file(
 ) -> Result<(), Error> {
     let failed = |operation| move |error| disk::Error::new(operation, to.label(name), error);
     let file = to.create_file(name)?;
-    disk::copy_contents(from, &file, || !is_set(is_cancelled)).map_err(failed("copy"))?;
+    let has_room = || to.free_bytes().is_ok_and(|free| free >= SPARE_BYTES);
+    let copied = if has_room() {
+        disk::copy_contents(from, &file, || !is_set(is_cancelled) && has_room())
+    } else {
+        Err(Errno::NOSPC.into())
+    };
+    let copied = copied.and_then(|()| disk::copy_attributes(from, &file));
+    copied
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::Interrupted if !is_set(is_cancelled) => Errno::NOSPC.into(),
+            _ => error,
+        })
+        .map_err(failed("copy"))?;
     disk::set_file_metadata(&file, (stat.uid, stat.gid), stat.mode, stat.modified)
         .map_err(failed("set metadata of"))?;
     Ok(())

@@ -7,6 +7,7 @@ use crate::{
 
 use super::{
     Captured, Error, Fill, FillFrom, INLINE_ENTRIES, Inner, Lane, UNCLAIMED,
+    index::{Index, Times},
     restore::FROM_NOTE,
     slot::{OwnerNote, STATE, close},
 };
@@ -14,7 +15,7 @@ use super::{
 /// The tree in its directory of the cache.
 pub(super) const TREE: &[u8] = b"tree";
 /// In a slot's directory: its tree's directory of the cache, emptied.
-const SHELL: &[u8] = b"shell";
+pub(super) const SHELL: &[u8] = b"shell";
 /// The mode of a state directory that never had one recorded.
 const FIRST_MODE: u32 = 0o700;
 /// Names are read this many at a time.
@@ -29,6 +30,15 @@ enum Begun {
     Same,
     /// The same tenant's tree, of another fill: parked, or captured half.
     OtherEpoch,
+}
+
+/// Who moves a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mover {
+    /// Into a slot, where a program may wait for it.
+    Fill,
+    /// Out of a slot whose program is gone.
+    Capture,
 }
 
 /// How long moving a tree keeps its thread.
@@ -88,7 +98,8 @@ impl Inner {
         let mut entries = 0;
         if let Some(tree) = &cached {
             let of_tree = tree.stat()?;
-            entries = move_entries(tree, &state)?;
+            entries = self.move_tree(&fill.key, tree, &state, Mover::Fill)?;
+            tree.copy_attributes_to(&state)?;
             state.set_modified(of_tree.modified)?;
             hand_over(&state, fill.run_as, of_tree.mode)?;
         } else if !is_handed_over(&root) {
@@ -175,6 +186,7 @@ impl Inner {
         let key_digest = key.digest();
         let Some(dir) = self.layout.cache.open_dir(key_digest.as_bytes()).optional()? else { return Ok(()) };
         dir.remove_file(FROM_NOTE).optional()?;
+        let _no_notes = self.syncs.hold();
         remove_shell(slot_dir)?;
         Ok(self.layout.cache.move_to(key_digest.as_bytes(), slot_dir, SHELL)?)
     }
@@ -185,7 +197,10 @@ impl Inner {
         match slot_dir.move_to(SHELL, &self.layout.cache, key_digest.as_bytes()).optional() {
             Ok(_) => {}
             // A fill crashed between handing over and keeping the shell; an older one is left.
-            Err(error) if error.is(rustix::io::Errno::EXIST) => remove_shell(slot_dir)?,
+            Err(error) if error.is(rustix::io::Errno::EXIST) => {
+                let _no_notes = self.syncs.hold();
+                remove_shell(slot_dir)?;
+            }
             Err(error) => return Err(error.into()),
         }
         Ok(self.layout.cache.ensure_dir(key_digest.as_bytes())?)
@@ -197,7 +212,16 @@ impl Inner {
     fn change_owner(&self, key: &Key, tree: &Dir, previous: Owner, run_as: Owner) -> Result<(), Error> {
         let entries = disk::list(tree, &Limits::TREE, Missing::Error, |_, _| true)
             .map_err(|error| Error::of_list(key, error))?;
+        let map = |of: &Dir, name: Option<&[u8]>| change_access_lists(of, name, previous, run_as);
+        map(tree, None)?;
         for entry in entries {
+            if matches!(entry.stat.kind, Kind::File | Kind::Directory) {
+                let (parent, name) = disk::split_last(&entry.path);
+                match entry.stat.kind {
+                    Kind::Directory => map(&tree.open_dir(&entry.path)?, None)?,
+                    _ => map(&tree.open_dir(parent)?, Some(name))?,
+                }
+            }
             let (uid, gid) = map_owner((entry.stat.uid, entry.stat.gid), previous, run_as);
             if (uid, gid) == (entry.stat.uid, entry.stat.gid) {
                 continue;
@@ -229,7 +253,13 @@ impl Inner {
         let Some(state) = slot_dir.open_dir(STATE).optional()? else {
             return Ok(Captured { handed_over: false, is_cached: self.cached_tree(key)?.is_some() });
         };
-        if !OwnerNote::read(&slot_dir)?.is_some_and(|note| note.is_of(key)) {
+        // A power loss may leave the note's name and not its content. The caller's journal
+        // says whose the slot was, and a slot never holds two tenants' trees (P4).
+        let is_theirs = match OwnerNote::read(&slot_dir)? {
+            Some(note) => note.is_of(key),
+            None => OwnerNote::is_torn(&slot_dir)?,
+        };
+        if !is_theirs {
             // Never filled for this key, or for nobody: there is nothing of it here.
             return if state.is_empty()? {
                 Ok(Captured { handed_over: false, is_cached: self.cached_tree(key)?.is_some() })
@@ -243,7 +273,7 @@ impl Inner {
             // has the tree's root and what is known of it.
             if let Some(tree) = self.cached_tree(key)? {
                 let modified = tree.stat()?.modified;
-                move_entries(&state, &tree)?;
+                self.move_tree(key, &state, &tree, Mover::Capture)?;
                 tree.set_modified(modified)?;
             } else if !state.is_empty()? {
                 return Err(Error::NotEmpty { slot: slot.clone() });
@@ -263,10 +293,26 @@ impl Inner {
         dir.remove_file(FROM_NOTE).optional()?;
         tree.set_owner(root.uid, root.gid)?;
         tree.set_mode(root.mode)?;
-        move_entries(&state, &tree)?;
+        state.copy_attributes_to(&tree)?;
+        self.move_tree(key, &state, &tree, Mover::Capture)?;
         tree.set_modified(root.modified)?;
         close(&state)?;
         Ok(Captured { handed_over: true, is_cached: true })
+    }
+
+    /// Moves every top-level entry and remembers the stats of before and after, as far
+    /// as nothing can hide between them; answers how many there were.
+    fn move_tree(&self, key: &Key, from: &Dir, to: &Dir, mover: Mover) -> Result<u64, Error> {
+        let is_followed = match (self.times, mover) {
+            (Times::Exact, _) | (Times::Coarse, Mover::Capture) => true,
+            (Times::Coarse, Mover::Fill) | (Times::Untrusted, _) => false,
+        };
+        let mut moved = Vec::new();
+        let entries = move_entries(from, to, is_followed.then_some(&mut moved))?;
+        if is_followed {
+            self.moves.add(&key.digest(), &moved);
+        }
+        Ok(entries)
     }
 
     /// Returns whether a capture moves so little that changing threads costs more.
@@ -285,6 +331,7 @@ impl Inner {
 pub(super) fn remove_shell(slot_dir: &Dir) -> Result<(), Error> {
     let Some(shell) = slot_dir.open_dir(SHELL).optional()? else { return Ok(()) };
     shell.remove_file(FROM_NOTE).optional()?;
+    Index::remove(&shell)?;
     shell.remove_dir(TREE).optional()?;
     slot_dir.remove_dir(SHELL).optional()?;
     Ok(())
@@ -293,6 +340,53 @@ pub(super) fn remove_shell(slot_dir: &Dir) -> Result<(), Error> {
 /// Says who owns an entry when the program's user changes.
 pub(super) fn map_owner((uid, gid): (u32, u32), previous: Owner, run_as: Owner) -> (u32, u32) {
     (if uid == previous.uid { run_as.uid } else { uid }, if gid == previous.gid { run_as.gid } else { gid })
+}
+
+/// Says what an access list is when the program's user changes: entries that name the
+/// old user or its group name the new one. `None`: it is no list, or stays as it is.
+pub(super) fn map_access_list(name: &[u8], list: &[u8], previous: Owner, run_as: Owner) -> Option<Vec<u8>> {
+    // As the kernel gives it: version 2, then entries of tag, permissions and id.
+    const VERSION: [u8; 4] = [2, 0, 0, 0];
+    const USER: u8 = 2;
+    const GROUP: u8 = 8;
+    if !disk::is_access_list(name) || !list.starts_with(&VERSION) {
+        return None;
+    }
+    let mut mapped = list.to_vec();
+    let (entries, _) = mapped[VERSION.len()..].as_chunks_mut::<8>();
+    for [tag, high, _, _, id @ ..] in entries {
+        let named = u32::from_le_bytes(*id);
+        let (uid, gid) = map_owner((named, named), previous, run_as);
+        match (*tag, *high) {
+            (USER, 0) => *id = uid.to_le_bytes(),
+            (GROUP, 0) => *id = gid.to_le_bytes(),
+            _ => {}
+        }
+    }
+    (mapped != list).then_some(mapped)
+}
+
+/// Maps the access lists of a directory, or of a file in it.
+fn change_access_lists(dir: &Dir, file: Option<&[u8]>, previous: Owner, run_as: Owner) -> Result<(), Error> {
+    let file = match file {
+        Some(name) => Some((dir.open_file(name)?.0, name)),
+        None => None,
+    };
+    let attributes = match &file {
+        Some((file, name)) => {
+            disk::attributes(file).map_err(|error| disk::Error::new("listxattr", dir.label(name), error))?
+        }
+        None => dir.attributes()?,
+    };
+    for (attribute, value) in attributes {
+        let Some(mapped) = map_access_list(&attribute, &value, previous, run_as) else { continue };
+        match &file {
+            Some((file, name)) => disk::set_attribute(file, &attribute, &mapped)
+                .map_err(|error| disk::Error::new("setxattr", dir.label(name), error))?,
+            None => dir.set_attribute(&attribute, &mapped)?,
+        }
+    }
+    Ok(())
 }
 
 /// Answers whose entries must change hands. A restore has seen to it already.
@@ -318,16 +412,29 @@ fn hand_over(dir: &Dir, run_as: Owner, mode: u32) -> Result<(), Error> {
 }
 
 /// Moves every top-level entry; answers how many there were.
-fn move_entries(from: &Dir, to: &Dir) -> Result<u64, Error> {
-    let mut moved = 0;
+fn move_entries(
+    from: &Dir,
+    to: &Dir,
+    mut moved: Option<&mut Vec<(Vec<u8>, Stat, Stat)>>,
+) -> Result<u64, Error> {
+    let mut count = 0;
     loop {
         let names = from.names(BATCH)?;
         if names.is_empty() {
-            return Ok(moved);
+            return Ok(count);
         }
         for name in names {
+            count += 1;
+            let Some(moved) = &mut moved else {
+                from.move_to(&name, to, &name)?;
+                continue;
+            };
+            let before = from.stat_of(&name)?;
             from.move_to(&name, to, &name)?;
-            moved += 1;
+            // A program that watches the slot may have it removed already.
+            if let Some(after) = to.stat_of(&name).optional()? {
+                moved.push((name, before, after));
+            }
         }
     }
 }
@@ -343,6 +450,27 @@ mod tests {
             [((1_000, 100), (2_000, 200)), ((1_000, 0), (2_000, 0)), ((0, 100), (0, 200)), ((7, 8), (7, 8))]
         {
             assert_eq!(map_owner(before, previous, run_as), after);
+        }
+    }
+
+    #[test]
+    fn an_access_list_names_the_new_user() {
+        const ACCESS: &[u8] = b"system.posix_acl_access";
+        let (previous, run_as) = (Owner { uid: 1_000, gid: 100 }, Owner { uid: 2_000, gid: 200 });
+        let list = |entries: &[(u8, u32)]| {
+            let entries = entries
+                .iter()
+                .flat_map(|(tag, id)| [vec![*tag, 0, 7, 0], id.to_le_bytes().to_vec()].concat());
+            [2, 0, 0, 0].into_iter().chain(entries).collect::<Vec<u8>>()
+        };
+        // Owner, user, group, named group, mask: ids mean something in named ones only.
+        let before = list(&[(1, 1_000), (2, 1_000), (2, 100), (4, 100), (8, 100), (8, 1_000), (16, 1_000)]);
+        let after = list(&[(1, 1_000), (2, 2_000), (2, 100), (4, 100), (8, 200), (8, 1_000), (16, 1_000)]);
+        assert_eq!(map_access_list(ACCESS, &before, previous, run_as), Some(after.clone()));
+        assert_eq!(map_access_list(ACCESS, &after, previous, run_as), None, "nothing is left to do");
+        assert_eq!(map_access_list(b"user.x", &before, previous, run_as), None);
+        for no_list in [&b""[..], b"\x02\0\0", b"\x03\0\0\0\x02\0\x07\0\xe8\x03\0\0"] {
+            assert_eq!(map_access_list(ACCESS, no_list, previous, run_as), None);
         }
     }
 }

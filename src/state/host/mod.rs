@@ -5,6 +5,8 @@
 //!           slots/<slot>/owner.json  whose tree it is, written before the tree
 //!           slots/<slot>/shell/      the tree's directory of the cache, empty, while it is here
 //!           cache/<digest>/tree/     a tree at rest; its root has the recorded mode, owner and time
+//!           cache/<digest>/index     its entries' stats as of the newest snapshot; goes along in the shell
+//!           cache/<digest>/synced    the snapshot that is known to be on disk, too
 //!           cache/<digest>/from.json the snapshot it was restored from, until a program may have changed it
 //!           staging/                 restores, checkpoints and removals under way
 //!           set_aside/               what nobody could account for
@@ -25,48 +27,61 @@
 //! entries is done where it is asked for, for it is faster
 //! than handing it over.
 
+mod budget;
+mod cache;
 mod checkpoint;
 mod collect;
 mod fill;
+mod index;
 mod layout;
+mod mend;
 mod restore;
 mod save;
 mod script_file;
 mod secrets;
 mod slot;
 mod staging;
+mod syncs;
 mod workers;
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
-
-use async_trait::async_trait;
-use tokio::sync::Semaphore;
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
 
 use crate::{
-    clock::SharedClock,
+    clock::{SharedClock, random_hex},
     disk,
-    model::{Key, Owner, Secret, SlotId, SnapshotRef, spec::Volumes},
+    model::{Key, Owner, Secret, SlotId, SnapshotRef, TenantId, spec::Volumes},
     runtime::plan::Mount,
     store::SharedStore,
 };
+use async_trait::async_trait;
 
 use super::{
-    Captured, CheckpointId, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Save, Saved, SlotFiles,
-    Survey, snapshot,
+    Captured, CheckpointId, Close, Encryption, Error, FileAction, FileAnswer, Fill, FillFrom, Filled, Head,
+    Open, Prefetched, Save, Saved, SlotFiles, Survey, snapshot,
 };
 pub(super) use secrets::is_secret_name;
 
+use budget::Budget;
 use checkpoint::Checkpoints;
 use fill::Length;
+use index::{Moves, Times};
 use layout::Layout;
 use staging::LiveStaging;
+use syncs::Syncs;
 use workers::{Lane, Workers};
 
 /// Owns the directories of slots that are not claimed; no container may run as it.
 pub const UNCLAIMED: Owner = Owner { uid: 900_000, gid: 900_000 };
 
-/// Each object is at most 16 MiB as stored, and 9 MiB more decompressed.
-const FETCHES: usize = 16;
+/// What objects of all saves may take in memory. More than the open packs of every save
+/// that runs and one chunk, so that none waits for another's pack.
+const SAVING_BYTES: u64 = 104 << 20;
+/// What objects of all restores may take in memory.
+const FETCHING_BYTES: u64 = 72 << 20;
 /// Moves of at most this many entries do not change threads.
 const INLINE_ENTRIES: usize = 8;
 
@@ -93,10 +108,25 @@ struct Inner {
     layout: Layout,
     store: SharedStore,
     clock: SharedClock,
+    encryption: Encryption,
     workers: Workers,
     live_staging: LiveStaging,
-    /// Objects of restores in memory, of all claims together.
-    fetches: Arc<Semaphore>,
+    /// What the times of this file system are worth.
+    times: Times,
+    /// Entries whose ctime our own renames have set.
+    moves: Moves,
+    /// Trees that are not known to be on disk yet.
+    syncs: Arc<Syncs>,
+    /// The boot of this host.
+    boot: String,
+    /// Digests of trees that were in the cache at start.
+    left_over: Mutex<HashSet<String>>,
+    /// What was taken out of the cache and is not removed yet, by its names in staging.
+    evicted: Mutex<Vec<String>>,
+    /// Room for objects of saves, of all together.
+    saving: Budget,
+    /// Room for objects of restores, of all together.
+    fetching: Budget,
 }
 
 // === impl HostFiles ===
@@ -110,14 +140,55 @@ impl HostFiles {
     /// # Errors
     /// [`Error::Disk`] names the directory and what it cannot do.
     pub fn open(dirs: HostDirs, store: SharedStore, clock: SharedClock) -> Result<Self, Error> {
+        let encryption = Encryption::off(Arc::clone(&clock));
+        Self::open_encrypted(dirs, store, clock, encryption)
+    }
+
+    /// As [`HostFiles::open`], with the keys that what the store holds is sealed with.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_encrypted(
+        dirs: HostDirs,
+        store: SharedStore,
+        clock: SharedClock,
+        encryption: Encryption,
+    ) -> Result<Self, Error> {
+        Self::open_in_boot(dirs, store, clock, encryption, &current_boot()?)
+    }
+
+    /// As [`HostFiles::open_encrypted`], in a boot of the host that has this id: a tree
+    /// that another boot left unsynced is not trusted before it is compared with the store.
+    ///
+    /// # Errors
+    /// As [`HostFiles::open`].
+    pub fn open_in_boot(
+        dirs: HostDirs,
+        store: SharedStore,
+        clock: SharedClock,
+        encryption: Encryption,
+        boot: &str,
+    ) -> Result<Self, Error> {
         let layout = Layout::open(&dirs, clock.as_ref())?;
+        let probe = format!(".times-{}", random_hex(clock.as_ref(), 8));
+        let cached = layout.cache.names(usize::MAX)?;
         let inner = Inner {
+            left_over: Mutex::new(
+                cached.into_iter().filter_map(|name| String::from_utf8(name).ok()).collect(),
+            ),
+            times: Times::of(&layout.staging, probe.as_bytes())?,
+            moves: Moves::default(),
+            syncs: Arc::default(),
+            boot: boot.to_owned(),
             layout,
             store,
             clock,
+            encryption,
             workers: Workers::new(),
             live_staging: LiveStaging::default(),
-            fetches: Arc::new(Semaphore::new(FETCHES)),
+            evicted: Mutex::default(),
+            saving: Budget::new(SAVING_BYTES),
+            fetching: Budget::new(FETCHING_BYTES),
         };
         Ok(Self { inner: Arc::new(inner), checkpoints: Arc::default() })
     }
@@ -139,6 +210,13 @@ impl HostFiles {
     }
 }
 
+/// Returns the id that the kernel gave to this boot.
+fn current_boot() -> Result<String, Error> {
+    const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+    let read = std::fs::read_to_string(BOOT_ID).map_err(|error| disk::Error::new("read", BOOT_ID, error));
+    Ok(read?.trim().to_owned())
+}
+
 impl std::fmt::Debug for HostFiles {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("HostFiles").field("layout", &self.inner.layout).finish_non_exhaustive()
@@ -154,10 +232,55 @@ impl SlotFiles for HostFiles {
     async fn newest(&self, key: &Key) -> Result<Option<SnapshotRef>, Error> {
         let key_digest = key.digest();
         let newest = snapshot::newest_record(self.inner.store.as_ref(), key, &key_digest).await?;
-        Ok(newest.map(|record| record.snapshot(&key_digest)))
+        Ok(newest.and_then(|record| record.snapshot(&key_digest)))
+    }
+
+    async fn head(&self, key: &Key) -> Result<Option<Head>, Error> {
+        let key_digest = key.digest();
+        let newest = snapshot::newest_record(self.inner.store.as_ref(), key, &key_digest).await?;
+        Ok(newest.map(|record| Head {
+            number: record.number,
+            link: record.link(),
+            snapshot: record.snapshot(&key_digest),
+        }))
+    }
+
+    async fn open(&self, open: &Open) -> Result<(), Error> {
+        let turn = snapshot::Turn {
+            key: &open.key,
+            key_digest: &open.key.digest(),
+            epoch: open.epoch,
+            nonce: &open.nonce,
+            author: &open.author,
+            created_ms: self.inner.clock.unix_ms(),
+        };
+        let trees = (open.tree.as_deref(), open.saving.as_deref());
+        snapshot::open(self.inner.store.as_ref(), &turn, open.on_top_of, trees).await.map(|_| ())
+    }
+
+    async fn close(&self, close: &Close) -> Result<(), Error> {
+        let turn = snapshot::Turn {
+            key: &close.key,
+            key_digest: &close.key.digest(),
+            epoch: close.epoch,
+            nonce: &close.nonce,
+            author: &close.author,
+            created_ms: self.inner.clock.unix_ms(),
+        };
+        snapshot::close(self.inner.store.as_ref(), &turn, close.has_chain).await
+    }
+
+    async fn fetch(&self, fill: &Fill) -> Result<u64, Error> {
+        match &fill.from {
+            FillFrom::Snapshot(snapshot) if !self.inner.is_restored(fill, snapshot)? => {
+                self.restore(fill, snapshot).await
+            }
+            _ => Ok(0),
+        }
     }
 
     async fn fill(&self, fill: &Fill) -> Result<Filled, Error> {
+        self.mend_left_over(fill).await?;
         let mut filled = Filled::default();
         if let FillFrom::Snapshot(snapshot) = &fill.from {
             filled = Filled { files: snapshot.files, bytes: snapshot.bytes, ..filled };
@@ -213,6 +336,30 @@ impl SlotFiles for HostFiles {
         self.run(Lane::Bulk, move |inner| inner.discard(&key)).await
     }
 
+    async fn prefetch(&self, key: &Key, snapshot: &SnapshotRef) -> Result<Prefetched, Error> {
+        self.restore_ahead(key, snapshot).await
+    }
+
+    async fn evict(&self, key: &Key) -> Result<(), Error> {
+        self.inner.evict(key)
+    }
+
+    async fn remove_evicted(&self) -> Result<(), Error> {
+        if !self.inner.has_evicted() {
+            return Ok(());
+        }
+        self.run(Lane::Bulk, |inner| inner.remove_evicted()).await
+    }
+
+    async fn cached_bytes(&self, key: &Key) -> Result<Option<u64>, Error> {
+        let key = key.clone();
+        self.run(Lane::Bulk, move |inner| inner.cached_bytes(&key)).await
+    }
+
+    fn free_bytes(&self) -> Result<u64, Error> {
+        Ok(self.inner.layout.cache.free_bytes()?)
+    }
+
     async fn wipe(&self, slot: &SlotId) -> Result<(), Error> {
         let slot = slot.clone();
         self.run(Lane::Bulk, move |inner| inner.wipe(&slot)).await
@@ -229,6 +376,11 @@ impl SlotFiles for HostFiles {
 
     async fn set_aside(&self, slot: &SlotId, reason: &str) -> Result<String, Error> {
         self.inner.set_aside(slot, reason)
+    }
+
+    async fn remove_set_aside(&self, tenant: &TenantId, keys: &[Key]) -> Result<Vec<String>, Error> {
+        let (tenant, digests) = (tenant.clone(), keys.iter().map(Key::digest).collect::<Vec<_>>());
+        self.run(Lane::Bulk, move |inner| inner.remove_set_aside(&tenant, &digests)).await
     }
 
     async fn survey(&self) -> Result<Survey, Error> {

@@ -63,6 +63,15 @@ impl OwnerNote {
         Ok(serde_json::from_reader(std::io::BufReader::new(file)).ok())
     }
 
+    /// Returns whether there is a note that cannot be understood.
+    ///
+    /// # Errors
+    /// [`Error::Disk`]
+    pub(super) fn is_torn(slot_dir: &Dir) -> Result<bool, Error> {
+        let is_there = slot_dir.stat_of(OWNER_NOTE).optional()?.is_some();
+        Ok(is_there && Self::read(slot_dir)?.is_none())
+    }
+
     /// Makes the file that the first note will be written to: making a file is
     /// most of what writing a note costs, and a claim waits for it.
     ///
@@ -95,6 +104,20 @@ impl OwnerNote {
     pub(super) fn is_of(&self, key: &Key) -> bool {
         self.tenant == key.tenant && self.workload == key.workload
     }
+}
+
+/// Reads whose it is that was set aside, as far as the note says.
+fn owner_aside(dir: &Dir) -> Result<Option<TenantId>, Error> {
+    #[derive(Deserialize)]
+    struct Aside {
+        owner: Option<OwnerNote>,
+    }
+    let Some((file, stat)) = dir.open_file(ASIDE_NOTE).optional()? else { return Ok(None) };
+    if stat.bytes > NOTE_BYTES {
+        return Ok(None);
+    }
+    let note: Option<Aside> = serde_json::from_reader(std::io::BufReader::new(file)).ok();
+    Ok(note.and_then(|note| note.owner).map(|owner| owner.tenant))
 }
 
 /// Writes a new file of ours, 0600.
@@ -168,7 +191,9 @@ impl Inner {
         disk::remove(&self.layout.secrets, name)?;
         disk::remove(&self.layout.sockets, name)?;
         if let Some(slot_dir) = slot_dir {
+            let no_notes = self.syncs.hold();
             remove_shell(&slot_dir)?;
+            drop(no_notes);
             slot_dir.remove_file(OWNER_NOTE_NEW).optional()?;
             slot_dir.remove_file(OWNER_NOTE).optional()?;
             self.layout.slots.remove_dir(name).optional()?;
@@ -230,9 +255,35 @@ impl Inner {
         Ok(path)
     }
 
+    /// Removes what was set aside of a tenant, as the notes beside it and the names of
+    /// cached trees say.
+    pub(super) fn remove_set_aside(
+        &self,
+        tenant: &TenantId,
+        digests: &[String],
+    ) -> Result<Vec<String>, Error> {
+        let aside = &self.layout.set_aside;
+        let mut removed = Vec::new();
+        for name in aside.names(usize::MAX)? {
+            let Some(dir) = aside.open_dir(&name).optional()? else { continue };
+            let shown = String::from_utf8_lossy(&name).into_owned();
+            let is_theirs = match shown.split_once('.') {
+                Some((digest, _)) if digests.iter().any(|known| known == digest) => true,
+                _ => owner_aside(&dir)?.is_some_and(|owner| owner == *tenant),
+            };
+            if is_theirs {
+                disk::remove(aside, &name)?;
+                removed.push(self.layout.set_aside_path(&shown));
+            }
+        }
+        Ok(removed)
+    }
+
     /// Removes a cached tree: out of the cache at once, then for good.
     pub(super) fn discard(self: &Arc<Self>, key: &Key) -> Result<(), Error> {
         let staging = Staging::reserve(self, "discard");
+        self.moves.forget(&key.digest());
+        self.syncs.forget(&key.digest());
         let moved = self.layout.cache.move_to(
             key.digest().as_bytes(),
             &self.layout.staging,

@@ -13,7 +13,7 @@ pub(super) enum Lane {
     Move,
     /// Restores: a claim waits for them.
     Restore,
-    /// Reading for saves. Each may hold some 64 MiB of objects.
+    /// Reading for saves. Each may hold an open pack.
     Save,
     /// Copies for checkpoints.
     Copy,

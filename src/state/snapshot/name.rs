@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::Epoch;
+use crate::model::{Epoch, Key, TenantId, WorkloadId, spec::Layout};
 
 /// A blake3 hash; 64 lower-case hexadecimal digits in JSON and names.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -20,6 +20,10 @@ pub(in crate::state) enum ObjectKind {
     Chunk,
     /// A manifest.
     Manifest,
+    /// The manifest of a mirror, whose contents are plain objects.
+    Mirror,
+    /// What a plain object was before a save put another in its place.
+    Kept,
 }
 
 /// The name of an object below `t/<digest of the key>/`.
@@ -39,6 +43,16 @@ pub(in crate::state) fn key_prefix(key_digest: &str) -> String {
     format!("t/{key_digest}/")
 }
 
+/// Returns the prefix of a key's plain objects.
+pub(in crate::state) fn plain_prefix(key_digest: &str) -> String {
+    format!("t/{key_digest}/f/")
+}
+
+/// Returns the prefix of the objects of one kind.
+pub(in crate::state) fn kind_prefix(key_digest: &str, kind: ObjectKind) -> String {
+    format!("t/{key_digest}/{}/", kind.letter())
+}
+
 /// Returns the prefix of a key's records.
 pub(in crate::state) fn records_prefix(key_digest: &str) -> String {
     format!("t/{key_digest}/r/")
@@ -54,6 +68,22 @@ pub(in crate::state) fn record_number(key_digest: &str, key: &str) -> Option<u64
     let hex = key.strip_prefix(&records_prefix(key_digest))?;
     let number = u64::MAX - parse_hex_u64(hex)?;
     (number > 0).then_some(number)
+}
+
+/// Returns the prefix of the names of a tenant's workloads.
+pub(in crate::state) fn tenant_prefix(tenant: &TenantId) -> String {
+    format!("k/{}/", hex::encode(&blake3::hash(tenant.as_str().as_bytes()).as_bytes()[..16]))
+}
+
+/// Returns the object that says that a tenant may have state of a workload.
+pub(in crate::state) fn workload_key(key: &Key) -> String {
+    format!("{}{}", tenant_prefix(&key.tenant), hex::encode(key.workload.as_str()))
+}
+
+/// Returns the workload in a name of [`workload_key`].
+pub(in crate::state) fn workload_in(tenant: &TenantId, name: &str) -> Option<WorkloadId> {
+    let bytes = hex::decode(name.strip_prefix(&tenant_prefix(tenant))?).ok()?;
+    WorkloadId::new(String::from_utf8(bytes).ok()?).ok()
 }
 
 /// Returns the key of an object in the store.
@@ -112,7 +142,12 @@ impl From<Digest> for String {
 
 impl ObjectKind {
     /// All kinds.
-    pub(in crate::state) const ALL: [Self; 3] = [Self::Pack, Self::Chunk, Self::Manifest];
+    pub(in crate::state) const ALL: [Self; 5] =
+        [Self::Pack, Self::Chunk, Self::Manifest, Self::Mirror, Self::Kept];
+
+    /// Those of which each object is some snapshot's for ever.
+    pub(in crate::state) const OF_SNAPSHOTS: [Self; 4] =
+        [Self::Pack, Self::Chunk, Self::Manifest, Self::Mirror];
 
     /// Returns the letter in names.
     pub(in crate::state) fn letter(self) -> &'static str {
@@ -120,7 +155,22 @@ impl ObjectKind {
             Self::Pack => "p",
             Self::Chunk => "c",
             Self::Manifest => "m",
+            Self::Mirror => "i",
+            Self::Kept => "o",
         }
+    }
+
+    /// Returns the kind of the manifests of a layout.
+    pub(in crate::state) fn of_manifest(layout: Layout) -> Self {
+        match layout {
+            Layout::Snapshot => Self::Manifest,
+            Layout::Mirror => Self::Mirror,
+        }
+    }
+
+    /// Returns the layout of whose trees these are the manifests.
+    pub(in crate::state) fn layout(self) -> Option<Layout> {
+        [Layout::Snapshot, Layout::Mirror].into_iter().find(|layout| Self::of_manifest(*layout) == self)
     }
 }
 
@@ -173,6 +223,16 @@ mod tests {
         for bad in ["", "c/1-2", "x/000000000000001f-00", "../c", &name.to_string().to_uppercase()] {
             assert_eq!(ObjectName::parse(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_tenants_workloads_are_found_by_the_tenant_alone() {
+        let tenant = TenantId::new("Acme.1").unwrap();
+        let key = Key::new(tenant.clone(), WorkloadId::new("Web-2".to_owned()).unwrap());
+        let name = workload_key(&key);
+        assert_eq!(workload_in(&tenant, &name), Some(key.workload));
+        assert_eq!(workload_in(&TenantId::new("acme.1").unwrap(), &name), None);
+        assert_eq!(workload_in(&tenant, &format!("{}zz", tenant_prefix(&tenant))), None);
     }
 
     #[test]

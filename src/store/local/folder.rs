@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::fd::OwnedFd,
     path::Path,
     time::{Duration, SystemTime},
@@ -22,6 +22,10 @@ use crate::{
 /// What an object's file ends with.
 pub(super) const OBJECT_SUFFIX: &str = ".OBJ";
 
+/// What the directory of a segment ends with that would otherwise be taken for
+/// an object's file or for [`TEMPORARY`]: no key has this character.
+const ESCAPE: char = '%';
+
 /// Where objects are written before they get their name.
 pub(super) const TEMPORARY: &str = ".TMP";
 
@@ -40,6 +44,13 @@ pub(super) struct Folder {
     root: OwnedFd,
 }
 
+/// What stands at a path.
+pub(super) struct Found {
+    pub(super) file_type: FileType,
+    pub(super) bytes: u64,
+    pub(super) modified_ms: u64,
+}
+
 /// Why a call failed, by what the caller must believe afterwards.
 #[derive(Debug)]
 pub(super) enum Fault {
@@ -52,7 +63,7 @@ pub(super) enum Fault {
 }
 
 /// A file in `.TMP` that is removed when it is dropped.
-struct Temporary<'a> {
+pub(super) struct Temporary<'a> {
     root: &'a OwnedFd,
     path: String,
 }
@@ -62,7 +73,7 @@ struct Temporary<'a> {
 impl Fault {
     /// Makes the port's error of it: a read has no unknown outcome.
     pub(super) fn into_error(self, operation: &'static str, key: &str) -> Error {
-        let is_write = matches!(operation, "put" | "create" | "delete");
+        let is_write = matches!(operation, "put" | "create" | "delete" | "copy" | "put_parts");
         match self {
             Self::Unsettled(reason) if is_write => Error::unknown(operation, key, reason),
             Self::Unchanged(reason) | Self::Unsettled(reason) => Error::unavailable(operation, key, reason),
@@ -117,6 +128,41 @@ impl Folder {
 
     /// Reads an object.
     pub(super) fn read(&self, key: &str) -> Result<Option<Bytes>, Fault> {
+        let Some((file, length)) = self.open_object(key)? else { return Ok(None) };
+        if length > MAX_OBJECT_BYTES as u64 {
+            return Err(Fault::Refused(format!(
+                "not an object of at most {MAX_OBJECT_BYTES} bytes: {length} bytes"
+            )));
+        }
+        let body = read_exactly(&file, length)?;
+        Ok(Some(body))
+    }
+
+    /// Reads a part of an object.
+    pub(super) fn read_range(&self, key: &str, offset: u64, bytes: u64) -> Result<Option<Bytes>, Fault> {
+        let Some((mut file, length)) = self.open_object(key)? else { return Ok(None) };
+        let start = offset.min(length);
+        let end = offset.saturating_add(bytes).min(length);
+        file.seek(SeekFrom::Start(start)).map_err(|source| Fault::unchanged("seek", source))?;
+        read_exactly(&file, end - start).map(Some)
+    }
+
+    /// Copies an object, in the kernel where the file system can share blocks;
+    /// answers `false` when there is none.
+    pub(super) fn copy(&self, from: &str, to: &str) -> Result<bool, Fault> {
+        let Some((source, length)) = self.open_object(from)? else { return Ok(false) };
+        let (temporary, file) = self.temporary()?;
+        let copied = io::copy(&mut (&source).take(length), &mut &file)
+            .and_then(|copied| file.sync_all().map(|()| copied))
+            .map_err(|source| Fault::unchanged("copy", source))?;
+        if copied != length {
+            return Err(Fault::Unchanged(format!("copied {copied} of {length} bytes")));
+        }
+        self.rename(temporary, to).map(|()| true)
+    }
+
+    /// Opens an object; returns it with its length, none when it is not there.
+    fn open_object(&self, key: &str) -> Result<Option<(File, u64)>, Fault> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = match rustix::fs::openat(&self.root, object_path(key), flags, Mode::empty()) {
             Ok(file) => File::from(file),
@@ -124,28 +170,20 @@ impl Folder {
             Err(source) => return Err(Fault::unchanged("open", source)),
         };
         let metadata = file.metadata().map_err(|source| Fault::unchanged("stat", source))?;
-        let length = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
-        if !metadata.is_file() || length > MAX_OBJECT_BYTES {
-            let found = if metadata.is_file() { format!("{length} bytes") } else { "not a file".to_owned() };
-            return Err(Fault::Refused(format!(
-                "not an object of at most {MAX_OBJECT_BYTES} bytes: {found}"
-            )));
+        if !metadata.is_file() {
+            return Err(Fault::Refused("not an object: not a file".to_owned()));
         }
-        let mut body = Vec::with_capacity(length);
-        (&file)
-            .take(metadata.len())
-            .read_to_end(&mut body)
-            .map_err(|source| Fault::unchanged("read", source))?;
-        // A file is complete before it has its name, and never written again.
-        if body.len() != length {
-            return Err(Fault::Unchanged(format!("read {} of {length} bytes", body.len())));
-        }
-        Ok(Some(body.into()))
+        Ok(Some((file, metadata.len())))
     }
 
     /// Writes an object under its name, whatever is there.
     pub(super) fn replace(&self, key: &str, body: &[u8]) -> Result<(), Fault> {
         let temporary = self.write(body)?;
+        self.rename(temporary, key)
+    }
+
+    /// Gives a complete and synced file its name, whatever is there.
+    pub(super) fn rename(&self, temporary: Temporary<'_>, key: &str) -> Result<(), Fault> {
         let path = object_path(key);
         self.place(key, || {
             rustix::fs::renameat(&self.root, temporary.path.as_str(), &self.root, path.as_str())
@@ -186,7 +224,8 @@ impl Folder {
         // Best effort: an empty directory is not an object. One that a writer
         // filled meanwhile is not empty, and one that it is about to fill it
         // makes again.
-        let mut rest = key;
+        let path = object_path(key);
+        let mut rest = path.as_str();
         while let Some((folder, _)) = rest.rsplit_once('/') {
             if rustix::fs::unlinkat(&self.root, folder, AtFlags::REMOVEDIR).is_err() {
                 break;
@@ -207,11 +246,17 @@ impl Folder {
         }
     }
 
-    /// Returns the type and the size of what stands at `path`; none when it is not there.
-    pub(super) fn stat(&self, path: &str) -> Result<Option<(FileType, u64)>, Fault> {
+    /// Returns what stands at `path`; none when it is not there.
+    pub(super) fn stat(&self, path: &str) -> Result<Option<Found>, Fault> {
         match rustix::fs::statat(&self.root, path, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => {
-                Ok(Some((FileType::from_raw_mode(stat.st_mode), u64::try_from(stat.st_size).unwrap_or(0))))
+                let seconds = u64::try_from(stat.st_mtime).unwrap_or(0);
+                Ok(Some(Found {
+                    file_type: FileType::from_raw_mode(stat.st_mode),
+                    bytes: u64::try_from(stat.st_size).unwrap_or(0),
+                    modified_ms: seconds.saturating_mul(1000)
+                        + u64::from(stat.st_mtime_nsec as u32) / 1_000_000,
+                }))
             }
             Err(Errno::NOENT) => Ok(None),
             Err(source) => Err(Fault::unchanged("stat", source)),
@@ -239,16 +284,20 @@ impl Folder {
 
     /// Writes and syncs a temporary file.
     fn write(&self, body: &[u8]) -> Result<Temporary<'_>, Fault> {
-        let path = format!("{TEMPORARY}/{}", random_hex(&SystemClock, 16));
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.root, path.as_str(), flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|source| Fault::unchanged("making a temporary file", source))?;
-        let temporary = Temporary { root: &self.root, path };
-        let mut file = File::from(file);
+        let (temporary, mut file) = self.temporary()?;
         file.write_all(body)
             .and_then(|()| file.sync_all())
             .map_err(|source| Fault::unchanged("write", source))?;
         Ok(temporary)
+    }
+
+    /// Makes an empty temporary file.
+    pub(super) fn temporary(&self) -> Result<(Temporary<'_>, File), Fault> {
+        let path = format!("{TEMPORARY}/{}", random_hex(&SystemClock, 16));
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.root, path.as_str(), flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|source| Fault::unchanged("making a temporary file", source))?;
+        Ok((Temporary { root: &self.root, path }, File::from(file)))
     }
 
     /// Gives a file its name by `step`, making the directories above it when
@@ -264,8 +313,9 @@ impl Folder {
     }
 
     fn make_above(&self, key: &str) -> Result<(), Errno> {
-        for (end, _) in key.match_indices('/') {
-            match rustix::fs::mkdirat(&self.root, &key[..end], Mode::RWXU) {
+        let path = object_path(key);
+        for (end, _) in path.match_indices('/') {
+            match rustix::fs::mkdirat(&self.root, &path[..end], Mode::RWXU) {
                 // A `delete` may remove an upper one again: the next attempt makes it.
                 Ok(()) | Err(Errno::EXIST | Errno::NOENT) => {}
                 Err(source) => return Err(source),
@@ -279,7 +329,8 @@ impl Folder {
     /// All of them, also those that were there: another writer may have made
     /// one a moment ago and not synced it yet. A clean one costs microseconds.
     fn sync_above(&self, key: &str) -> Result<(), Errno> {
-        let mut rest = key;
+        let path = object_path(key);
+        let mut rest = path.as_str();
         while let Some((folder, _)) = rest.rsplit_once('/') {
             match rustix::fs::openat(&self.root, folder, DIRECTORY, Mode::empty()) {
                 Ok(dir) => rustix::fs::fsync(dir)?,
@@ -294,8 +345,18 @@ impl Folder {
 
     /// Removes temporary files whose writers died. Another server's are younger.
     fn sweep(&self) -> io::Result<()> {
+        self.remove_temporary(SystemTime::now() - TEMPORARY_MAX_AGE).map(|_| ())
+    }
+
+    /// Removes temporary files that were last written before a time.
+    pub(super) fn sweep_before(&self, before_ms: u64) -> Result<u64, Fault> {
+        let before = SystemTime::UNIX_EPOCH + Duration::from_millis(before_ms);
+        self.remove_temporary(before).map_err(|source| Fault::unchanged("sweep", source))
+    }
+
+    fn remove_temporary(&self, before: SystemTime) -> io::Result<u64> {
         let dir = rustix::fs::openat(&self.root, TEMPORARY, DIRECTORY, Mode::empty())?;
-        let now = SystemTime::now();
+        let mut removed = 0;
         for entry in Dir::read_from(&dir)? {
             let entry = entry?;
             let name = entry.file_name();
@@ -305,13 +366,24 @@ impl Folder {
             let Ok(stat) = rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             let written =
                 SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(stat.st_mtime).unwrap_or(0));
-            let is_dead = now.duration_since(written).is_ok_and(|age| age > TEMPORARY_MAX_AGE);
-            if is_dead && FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
-                let _ = rustix::fs::unlinkat(&dir, name, AtFlags::empty());
+            let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+            if written < before && is_file && rustix::fs::unlinkat(&dir, name, AtFlags::empty()).is_ok() {
+                removed += 1;
             }
         }
-        Ok(())
+        Ok(removed)
     }
+}
+
+/// Reads `length` bytes from where a file stands.
+fn read_exactly(file: &File, length: u64) -> Result<Bytes, Fault> {
+    let mut body = Vec::with_capacity(usize::try_from(length).unwrap_or(MAX_OBJECT_BYTES));
+    file.take(length).read_to_end(&mut body).map_err(|source| Fault::unchanged("read", source))?;
+    // A file is complete before it has its name, and never written again.
+    if body.len() as u64 != length {
+        return Err(Fault::Unchanged(format!("read {} of {length} bytes", body.len())));
+    }
+    Ok(body.into())
 }
 
 /// Makes a directory and those above it, so that their names survive a power loss.
@@ -327,6 +399,34 @@ fn make_durably(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn object_path(key: &str) -> String {
-    format!("{key}{OBJECT_SUFFIX}")
+pub(super) fn object_path(key: &str) -> String {
+    match key.rsplit_once('/') {
+        Some((folder, name)) => format!("{}/{name}{OBJECT_SUFFIX}", folder_path(folder)),
+        None => format!("{key}{OBJECT_SUFFIX}"),
+    }
+}
+
+/// Returns the directory of the keys below `folder` (without a `/` at its end).
+pub(super) fn folder_path(folder: &str) -> String {
+    let mut path = String::with_capacity(folder.len());
+    for (n, segment) in folder.split('/').enumerate() {
+        if n > 0 {
+            path.push('/');
+        }
+        path.push_str(segment);
+        if segment.ends_with(OBJECT_SUFFIX) || segment == TEMPORARY {
+            path.push(ESCAPE);
+        }
+    }
+    path
+}
+
+/// Returns the segment of which `name` is the directory; none when it is of no
+/// segment.
+pub(super) fn segment_of(name: &str) -> Option<&str> {
+    match name.strip_suffix(ESCAPE) {
+        Some(segment) if folder_path(segment) == name => Some(segment),
+        None if folder_path(name) == name => Some(name),
+        _ => None,
+    }
 }

@@ -7,8 +7,8 @@
 
 use rustix::fs::FileType;
 
-use super::folder::{Fault, Folder, OBJECT_SUFFIX};
-use crate::store::{Listed, MAX_SEGMENT_BYTES};
+use super::folder::{Fault, Folder, Found, OBJECT_SUFFIX, folder_path, object_path, segment_of};
+use crate::store::{Listed, key};
 
 /// What is still to be walked, the next one last.
 enum Pending {
@@ -56,10 +56,10 @@ impl Folder {
             match next {
                 Pending::Object(key) => {
                     // One that was removed meanwhile is not listed.
-                    if let Some((FileType::RegularFile, bytes)) =
-                        self.stat(&format!("{key}{OBJECT_SUFFIX}"))?
+                    if let Some(Found { file_type: FileType::RegularFile, bytes, modified_ms }) =
+                        self.stat(&object_path(&key))?
                     {
-                        listed.push(Listed { key, bytes });
+                        listed.push(Listed { key, bytes, modified_ms });
                     }
                 }
                 Pending::Directory(text) => {
@@ -78,34 +78,37 @@ impl Folder {
     /// Reads one directory; foreign files and names are left out.
     fn entries(&self, text: &str) -> Result<Vec<Pending>, Fault> {
         let mut entries = Vec::new();
-        let Some(dir) = self.open_dir(text.trim_end_matches('/'))? else { return Ok(entries) };
+        let folder = folder_path(text.trim_end_matches('/'));
+        let Some(dir) = self.open_dir(&folder)? else { return Ok(entries) };
         for entry in dir {
             let entry = entry.map_err(|source| Fault::unchanged("read of a directory", source))?;
             let Ok(name) = entry.file_name().to_str() else { continue };
             let file_type = match entry.file_type() {
                 // Some file systems do not say it here.
-                FileType::Unknown => match self.stat(&format!("{text}{name}"))? {
-                    Some((file_type, _)) => file_type,
+                FileType::Unknown => match self.stat(&join(&folder, name))? {
+                    Some(found) => found.file_type,
                     None => continue,
                 },
                 known => known,
             };
-            match (file_type, name.strip_suffix(OBJECT_SUFFIX)) {
-                (FileType::Directory, None) if is_segment(name) => {
-                    entries.push(Pending::Directory(format!("{text}{name}/")));
-                }
-                (FileType::RegularFile, Some(name)) if is_segment(name) => {
-                    entries.push(Pending::Object(format!("{text}{name}")));
-                }
-                _ => {}
+            let (segment, is_folder) = match file_type {
+                FileType::Directory => (segment_of(name), true),
+                FileType::RegularFile => (name.strip_suffix(OBJECT_SUFFIX), false),
+                _ => continue,
+            };
+            let Some(segment) = segment else { continue };
+            let name = format!("{text}{segment}");
+            // What could be no key's is foreign.
+            match key::check_key("list", &name) {
+                Ok(()) if is_folder => entries.push(Pending::Directory(format!("{name}/"))),
+                Ok(()) => entries.push(Pending::Object(name)),
+                Err(_) => {}
             }
         }
         Ok(entries)
     }
 }
 
-fn is_segment(name: &str) -> bool {
-    !matches!(name, "" | "." | "..")
-        && name.len() <= MAX_SEGMENT_BYTES
-        && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_'))
+fn join(folder: &str, name: &str) -> String {
+    if folder.is_empty() { name.to_owned() } else { format!("{folder}/{name}") }
 }

@@ -2,9 +2,11 @@
 //!
 //! # Layout
 //! The object `t/1/a` is the file `t/1/a.OBJ` below the directory, so that `a`
-//! and `a/b` may both exist; new objects are written in `.TMP` first. Upper case
-//! is outside the alphabet of keys, therefore nothing collides. Files without
-//! `.OBJ` are not objects and are left alone.
+//! and `a/b` may both exist; new objects are written in `.TMP` first. The
+//! directory of a segment that ends with `.OBJ`, or is `.TMP`, has a `%` after
+//! it, which is outside the alphabet of keys, therefore nothing collides. Files
+//! without `.OBJ` are not objects and are left alone. The file system must tell
+//! upper case from lower.
 //!
 //! # Guarantees
 //! - An object appears under its name complete and synced, or not at all.
@@ -19,18 +21,23 @@
 mod folder;
 mod listing;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{io::Write as _, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::Semaphore;
+use futures_util::StreamExt as _;
+use tokio::sync::{Semaphore, mpsc};
 
 use self::folder::{Fault, Folder};
-use super::{Creation, Error, Listed, Store, key, probe};
+use super::{Creation, Error, Listed, Parts, Store, Versioning, key, probe};
 use crate::clock::SystemClock;
 
 /// So many calls do their work at a time; more wait for their turn.
 const MAX_CALLS: usize = 32;
+
+/// So many objects are written by parts at a time. They wait for their sources,
+/// which may read from this store: they have turns of their own.
+const MAX_WRITERS: usize = 8;
 
 /// A call waits no longer than this, its turn included: a network file system
 /// can hang.
@@ -40,6 +47,7 @@ const CALL_MS: u64 = 60_000;
 pub struct LocalStore {
     folder: Arc<Folder>,
     permits: Arc<Semaphore>,
+    writers: Arc<Semaphore>,
 }
 
 // === impl LocalStore ===
@@ -56,7 +64,11 @@ impl LocalStore {
         let folder = Folder::open(&dir).map_err(|source| {
             Error::refused("open", &dir.display().to_string(), format!("cannot use this directory: {source}"))
         })?;
-        Ok(Self { folder: Arc::new(folder), permits: Arc::new(Semaphore::new(MAX_CALLS)) })
+        Ok(Self {
+            folder: Arc::new(folder),
+            permits: Arc::new(Semaphore::new(MAX_CALLS)),
+            writers: Arc::new(Semaphore::new(MAX_WRITERS)),
+        })
     }
 
     /// Runs `work` on a blocking thread, in its turn, within the deadline.
@@ -123,6 +135,91 @@ impl Store for LocalStore {
         key::check_key("delete", key)?;
         let name = key.to_owned();
         self.run("delete", key, move |folder| folder.remove(&name)).await
+    }
+
+    async fn copy(&self, from: &str, to: &str) -> Result<bool, Error> {
+        key::check_key("copy", from)?;
+        key::check_key("copy", to)?;
+        let names = (from.to_owned(), to.to_owned());
+        self.run("copy", to, move |folder| folder.copy(&names.0, &names.1)).await
+    }
+
+    async fn get_range(&self, key: &str, offset: u64, bytes: u64) -> Result<Option<Bytes>, Error> {
+        key::check_key("get_range", key)?;
+        key::check_range(key, offset, bytes)?;
+        let name = key.to_owned();
+        self.run("get_range", key, move |folder| folder.read_range(&name, offset, bytes)).await
+    }
+
+    async fn put_parts(&self, key: &str, mut parts: Parts) -> Result<(), Error> {
+        key::check_key("put_parts", key)?;
+        let (tx, mut rx) = mpsc::channel::<Option<Bytes>>(1);
+        let name = key.to_owned();
+        // The deadline is for each part: an object may be as large as it likes.
+        let folder = Arc::clone(&self.folder);
+        let permit =
+            tokio::time::timeout(Duration::from_millis(CALL_MS), Arc::clone(&self.writers).acquire_owned());
+        let Ok(permit) = permit.await else {
+            return Err(Error::unavailable("put_parts", key, "too many calls are waiting"));
+        };
+        let permit = permit.expect("the semaphore is never closed");
+        let task = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            let (temporary, mut file) = folder.temporary()?;
+            loop {
+                match rx.blocking_recv() {
+                    Some(Some(part)) => {
+                        file.write_all(&part).map_err(|source| Fault::unchanged("write", source))?;
+                    }
+                    Some(None) => break,
+                    // The caller gave up, or its source did.
+                    None => return Err(Fault::Unchanged("the parts ended early".to_owned())),
+                }
+            }
+            file.sync_all().map_err(|source| Fault::unchanged("sync", source))?;
+            folder.rename(temporary, &name)
+        });
+        let given = give(key, &mut parts, tx).await;
+        // Also when the parts ended early: then the task removes what it wrote.
+        let ended = tokio::time::timeout(Duration::from_millis(CALL_MS), task).await;
+        given?;
+        match ended {
+            Ok(Ok(outcome)) => outcome.map_err(|fault| fault.into_error("put_parts", key)),
+            Ok(Err(_)) => Err(Error::unknown("put_parts", key, "the call was interrupted")),
+            Err(_) => Err(Error::unknown(
+                "put_parts",
+                key,
+                format!("no answer from the file system within {CALL_MS} ms"),
+            )),
+        }
+    }
+
+    async fn versioning(&self) -> Result<Versioning, Error> {
+        Ok(Versioning::Off)
+    }
+
+    async fn abort_uploads(&self, before_ms: u64) -> Result<u64, Error> {
+        self.run("abort_uploads", "", move |folder| folder.sweep_before(before_ms)).await
+    }
+}
+
+/// Hands parts to the task that writes them, and after the last one the word
+/// that it was; a task that ended early says why itself.
+async fn give(key: &str, parts: &mut Parts, tx: mpsc::Sender<Option<Bytes>>) -> Result<(), Error> {
+    loop {
+        let part = parts.next().await.transpose().map_err(|error| Error::source(key, &error))?;
+        let is_last = part.is_none();
+        if let Some(part) = &part {
+            key::check_body("put_parts", key, part.len())?;
+        }
+        match tokio::time::timeout(Duration::from_millis(CALL_MS), tx.send(part)).await {
+            Ok(Ok(())) if !is_last => {}
+            Ok(_) => return Ok(()),
+            Err(_) => {
+                let reason = "the file system does not take the parts";
+                return Err(Error::unavailable("put_parts", key, reason));
+            }
+        }
     }
 }
 
@@ -219,10 +316,10 @@ mod tests {
         let root = dir.path().join("deep/store");
         store.put("t/a", body("1")).await.unwrap();
         fs::write(root.join("t/notes.txt"), "foreign").unwrap();
-        fs::write(root.join("t/Upper.OBJ"), "foreign").unwrap();
+        fs::write(root.join("t/plus+.OBJ"), "foreign").unwrap();
         std::os::unix::fs::symlink(root.join("t/a.OBJ"), root.join("t/link.OBJ")).unwrap();
         let listed = store.list("", None, 10).await.unwrap();
-        assert_eq!(listed, [Listed { key: "t/a".to_owned(), bytes: 1 }]);
+        assert_eq!(listed.iter().map(|object| object.key.as_str()).collect::<Vec<_>>(), ["t/a"]);
         assert!(matches!(store.get("t/link").await, Err(Error::Unavailable { .. })));
         store.delete("t/a").await.unwrap();
         assert!(root.join("t/notes.txt").exists());

@@ -1,7 +1,10 @@
 //! From configuration to the library's bucket, refusing what it would bend.
 
+use std::path::Path;
+
 use s3::{Bucket, Region, creds::Credentials};
 
+use super::identity::{Keys, Source};
 use crate::{
     config::Aws,
     model::Secret,
@@ -16,8 +19,9 @@ pub(super) struct Place {
     pub(super) bucket: Bucket,
     /// Empty, or ending with `/`.
     pub(super) prefix: String,
-    /// What no error text may hold.
-    pub(super) secrets: Vec<Secret>,
+    pub(super) source: Source,
+    /// The certificate authorities to trust, in PEM; none: the built-in ones.
+    pub(super) authorities: Option<Vec<u8>>,
 }
 
 // === impl Place ===
@@ -30,29 +34,26 @@ impl Place {
         if let Some(fault) = fault_of_bucket(bucket).or_else(|| fault_of_prefix(prefix)) {
             return refuse(fault);
         }
-        let parts = region(aws).and_then(|region| Ok((region, credentials(aws)?)));
-        let (region, credentials) = match parts {
+        let parts = region(aws).and_then(|region| Ok((region, source(aws)?, authorities(aws)?)));
+        let (region, source, authorities) = match parts {
             Ok(parts) => parts,
             Err(fault) => return refuse(fault),
         };
         // A dot in a bucket's name fits no wildcard certificate.
-        let is_path_style = aws.endpoint_url.is_some() || bucket.contains('.');
-        let mut library = match Bucket::new(bucket, region, credentials) {
+        let by_default = aws.endpoint_url.is_some() || bucket.contains('.');
+        let is_path_style = aws.force_path_style.unwrap_or(by_default);
+        // Signing is given its credentials with each request.
+        let made = Credentials::anonymous().map_err(|error| error.to_string());
+        let made = made.and_then(|none| Bucket::new(bucket, region, none).map_err(|error| error.to_string()));
+        let mut library = match made {
             Ok(library) => *library,
-            Err(source) => return refuse(format!("the HTTP client cannot be made: {source}")),
+            Err(fault) => return refuse(format!("the HTTP client cannot be made: {fault}")),
         };
         if is_path_style {
             library.set_path_style();
         }
-        // Ours are the only deadlines: the library's would count a body's time twice.
-        library.set_request_timeout(None);
-        let secrets = [
-            aws.access_key_id.clone().map(Secret::new),
-            aws.secret_access_key.clone(),
-            aws.session_token.clone(),
-        ];
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
-        Ok(Self { bucket: library, prefix, secrets: secrets.into_iter().flatten().collect() })
+        Ok(Self { bucket: library, prefix, source, authorities })
     }
 }
 
@@ -74,23 +75,71 @@ fn region(aws: &Aws) -> Result<Region, String> {
     Ok(Region::Custom { region, endpoint })
 }
 
-fn credentials(aws: &Aws) -> Result<Credentials, String> {
-    // A character that a header cannot hold would fail inside the library, in
-    // an error that may show it.
+/// Chooses where credentials come from: the first that is set of a key, a
+/// profile, a container's endpoint and an instance's.
+fn source(aws: &Aws) -> Result<Source, String> {
+    // The address of Amazon's container agents.
+    const AGENT: &str = "http://169.254.170.2";
+    if aws.access_key_id.is_some() || aws.secret_access_key.is_some() {
+        return given(aws).map(Source::Fixed);
+    }
+    let profile = aws.profile.as_deref().unwrap_or("default");
+    if let Some(file) = &aws.shared_credentials_file {
+        return from_profile("AWS_SHARED_CREDENTIALS_FILE", file, profile).map(Source::Fixed);
+    }
+    if let Some(file) = &aws.config_file {
+        let section = if profile == "default" { profile.to_owned() } else { format!("profile {profile}") };
+        return from_profile("AWS_CONFIG_FILE", file, &section).map(Source::Fixed);
+    }
+    let relative = aws.container_relative_uri.as_ref().map(|path| format!("{AGENT}{path}"));
+    if let Some(url) = relative.or(aws.container_full_uri.clone()) {
+        let token_file = aws.container_token_file.clone();
+        return Ok(Source::Container { url, token: aws.container_token.clone(), token_file });
+    }
+    if let Some(endpoint) = &aws.metadata_endpoint {
+        return Ok(Source::Instance { endpoint: endpoint.clone() });
+    }
+    given(aws).map(Source::Fixed)
+}
+
+fn given(aws: &Aws) -> Result<Keys, String> {
+    // A character that a header cannot hold would fail later, in an error that
+    // may show it.
     let visible = |name: &str, bytes: &[u8]| match std::str::from_utf8(bytes) {
         Ok("") => Err(format!("{name} is empty")),
-        Ok(text) if text.bytes().all(|b| b.is_ascii_graphic()) => Ok(text.to_owned()),
+        Ok(text) if text.bytes().all(|b| b.is_ascii_graphic()) => Ok(()),
         _ => Err(format!("{name} holds characters other than visible ASCII")),
     };
-    let id = aws.access_key_id.as_ref().ok_or("AWS_ACCESS_KEY_ID is not set")?;
-    let id = visible("AWS_ACCESS_KEY_ID", id.as_bytes())?;
-    let secret = aws.secret_access_key.as_ref().ok_or("AWS_SECRET_ACCESS_KEY is not set")?;
-    let secret = visible("AWS_SECRET_ACCESS_KEY", secret.expose())?;
-    let token = aws.session_token.as_ref().map(|token| visible("AWS_SESSION_TOKEN", token.expose()));
-    let token = token.transpose()?;
-    // With a key given, the library looks nowhere else for credentials.
-    Credentials::new(Some(&id), Some(&secret), None, token.as_deref(), None)
-        .map_err(|_| "the credentials cannot be used".to_owned())
+    let id = aws.access_key_id.clone().ok_or("AWS_ACCESS_KEY_ID is not set")?;
+    visible("AWS_ACCESS_KEY_ID", id.as_bytes())?;
+    let secret = aws.secret_access_key.clone().ok_or("AWS_SECRET_ACCESS_KEY is not set")?;
+    visible("AWS_SECRET_ACCESS_KEY", secret.expose())?;
+    let token = aws.session_token.clone();
+    token.as_ref().map_or(Ok(()), |token| visible("AWS_SESSION_TOKEN", token.expose()))?;
+    Ok(Keys { id, secret, token, ends_ms: None })
+}
+
+/// Reads a section of a file; an error shows none of its lines.
+fn from_profile(name: &str, file: &Path, section: &str) -> Result<Keys, String> {
+    let found = Credentials::from_credentials_file(file, Some(section)).ok();
+    let found = found.and_then(|found| {
+        let token = found.session_token.or(found.security_token);
+        Some((found.access_key?, found.secret_key?, token))
+    });
+    let (id, secret, token) = found.ok_or_else(|| {
+        format!(
+            "{name}: {} cannot be read, or has no section [{section}] with aws_access_key_id and \
+             aws_secret_access_key",
+            file.display()
+        )
+    })?;
+    Ok(Keys { id, secret: Secret::new(secret), token: token.map(Secret::new), ends_ms: None })
+}
+
+fn authorities(aws: &Aws) -> Result<Option<Vec<u8>>, String> {
+    let Some(path) = &aws.ca_bundle else { return Ok(None) };
+    let read = std::fs::read(path);
+    read.map(Some).map_err(|error| format!("AWS_CA_BUNDLE: {} cannot be read: {error}", path.display()))
 }
 
 fn endpoint(url: &str) -> Result<String, String> {
@@ -121,13 +170,13 @@ fn fault_of_prefix(prefix: &str) -> Option<String> {
     if prefix.is_empty() {
         return None;
     }
-    let is_plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/');
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'=' | b'/');
     let is_prefix = prefix.len() < MAX_FULL_KEY_BYTES - MAX_KEY_BYTES
         && prefix.bytes().all(is_plain)
         && prefix.split('/').all(|segment| !matches!(segment, "" | "." | ".."));
     (!is_prefix).then(|| {
         format!(
-            "the prefix is not made of letters, digits, '-', '_' and '.' with single '/' between, without '.' and \
+            "the prefix is not made of letters, digits, '-', '_', '=' and '.' with single '/' between, without '.' and \
              '..' as segments, in less than {} bytes",
             MAX_FULL_KEY_BYTES - MAX_KEY_BYTES
         )
@@ -142,9 +191,8 @@ mod tests {
         Aws {
             access_key_id: Some("AKIAEXAMPLE".to_owned()),
             secret_access_key: Some(Secret::new("hunter2")),
-            session_token: None,
             region: "eu-central-1".to_owned(),
-            endpoint_url: None,
+            ..Aws::default()
         }
     }
 
@@ -164,6 +212,12 @@ mod tests {
         ] {
             assert_eq!(Place::new(bucket, "", &aws).unwrap().bucket.url(), url);
         }
+        let style = |force: bool, endpoint: Option<&str>| {
+            let aws = Aws { force_path_style: Some(force), ..at(endpoint, "eu-1") };
+            Place::new("data", "", &aws).unwrap().bucket.url()
+        };
+        assert_eq!(style(true, None), "https://s3.eu-1.amazonaws.com/data");
+        assert_eq!(style(false, Some("https://h.example:9")), "https://data.h.example:9");
         assert_eq!(Place::new("data", "a/b", &aws()).unwrap().prefix, "a/b/");
     }
 

@@ -32,7 +32,15 @@ fn a_minimal_spec_has_the_designs_defaults() {
     assert_eq!(spec.pool, PoolSizes { min_idle: 5, max: 50 });
     assert_eq!(
         spec.persist,
-        Persist { on_release: true, every_ms: 0, exclude: vec![], keep_last: 10, max_pause_ms: 5000 }
+        Persist {
+            on_release: true,
+            every_ms: 0,
+            exclude: vec![],
+            keep_last: 10,
+            keep_days: 0,
+            max_pause_ms: 5000,
+            layout: Layout::Snapshot,
+        }
     );
     assert!(spec.read_only);
     assert_eq!(spec.network, Network::None);
@@ -97,7 +105,7 @@ fn full() -> Value {
         "health_check": { "command": ["true"], "interval_ms": 1000, "timeout_ms": 100, "retries": 1 },
         "resources": { "cpus": 2, "memory_mb": 64, "pids": 16, "tmpfs_mb": 8, "state_max_mb": 100 },
         "pool": { "min_idle": 1, "max": 2 },
-        "persist": { "on_release": true, "every_ms": 1000, "exclude": ["cache/**"], "keep_last": 1, "max_pause_ms": 10 },
+        "persist": { "on_release": true, "every_ms": 1000, "exclude": ["cache/**"], "keep_last": 1, "keep_days": 30, "max_pause_ms": 10, "layout": "mirror" },
         "cap_add": ["cap_chown", "CHOWN"], "network": "app", "runtime": "runc", "pull": "never",
         "ports": { "http": 80 }, "stop_signal": "quit", "stop_grace_ms": 0,
         "activation": { "exec": ["kick"] }, "claim_waits": "activated", "park_ms": 0, "schedules": {},
@@ -310,6 +318,8 @@ fn state_rules_need_a_state_volume_to_be_reached() {
         (json!({ "exclude": ["/abs"] }), "persist.exclude[0]", "outside"),
         (json!({ "exclude": ["a", "../b"] }), "persist.exclude[1]", "outside"),
         (json!({ "keep_last": 0 }), "persist.keep_last", "out of range"),
+        (json!({ "keep_days": 3_651 }), "persist.keep_days", "out of range"),
+        (json!({ "layout": "rclone" }), "persist.layout", "rclone"),
     ];
     for (persist, path, problem) in rows {
         let violations =
