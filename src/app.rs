@@ -466,7 +466,7 @@ fn load_workloads(config: &Config) -> Result<Set, Error> {
     let mirrored = set.iter().find(|workload| workload.spec.persist.layout == Layout::Mirror);
     match mirrored.filter(|_| config.state_encryption) {
         Some(workload) => Err(Error::Scripts(format!(
-            "{}: persist.layout: \"mirror\" has plain objects, which cannot be sealed, and BOILERHOUSE_STATE_ENCRYPTION is \
+            "error: {}: persist.layout: \"mirror\" has plain objects, which cannot be sealed, and BOILERHOUSE_STATE_ENCRYPTION is \
              on (allowed: \"snapshot\", or no encryption)",
             workload.spec.id
         ))),

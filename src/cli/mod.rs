@@ -50,9 +50,12 @@ enum Failure {
     /// The process could not do its part.
     #[error("{0}")]
     Process(String),
-    /// Scripts have errors; the text is complete as it is.
+    /// What was asked for is bad news; the text is complete as it is.
     #[error("{0}")]
     Findings(String),
+    /// Scripts that are needed have errors; the text is complete as it is.
+    #[error("{0}")]
+    Scripts(String),
 }
 
 /// Runs the command line of this process and returns its exit status.
@@ -119,7 +122,8 @@ fn status(failure: &Failure) -> u8 {
         Failure::Usage(_) => 2,
         Failure::Client(client::Error::Address { .. } | client::Error::Token) => 2,
         Failure::Client(client::Error::Unreachable { .. }) => 3,
-        Failure::Input { .. } | Failure::Client(_) | Failure::Process(_) | Failure::Findings(_) => 1,
+        Failure::Input { .. } | Failure::Client(_) | Failure::Process(_) => 1,
+        Failure::Findings(_) | Failure::Scripts(_) => 1,
     }
 }
 
@@ -139,7 +143,7 @@ fn explained(failure: &Failure) -> String {
         Failure::Client(error) => text += &causes(error),
         Failure::Usage(_) => text += "\nFor more information, try '--help'.\n",
         Failure::Input { .. } => {}
-        Failure::Findings(findings) => text.clone_from(findings),
+        Failure::Findings(findings) | Failure::Scripts(findings) => text = format!("{}\n", findings.trim_end()),
         // Many problems at once stand on a line each, causes indented beneath.
         Failure::Process(problem) => {
             let line = |line: &str| match line.starts_with(' ') {

@@ -26,7 +26,7 @@ pub(super) fn serve() -> Result<(), Failure> {
     let result = runtime.block_on(app::serve(config));
     runtime.shutdown_timeout(THREADS_LIMIT);
     result.map_err(|error| match error {
-        app::Error::Scripts(findings) => Failure::Findings(findings),
+        app::Error::Scripts(findings) => Failure::Scripts(findings),
         error => Failure::Process(format!("{error}\n{}", causes(&error))),
     })
 }

@@ -158,7 +158,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 
 fn failed(error: app::Error) -> Failure {
     match error {
-        app::Error::Scripts(findings) => Failure::Findings(findings),
+        app::Error::Scripts(findings) => Failure::Scripts(findings),
         error => Failure::Process(format!("{error}\n{}", causes(&error))),
     }
 }

@@ -61,6 +61,9 @@ pub enum Fault {
     /// It happens, and the answer is lost: [`Error::Unknown`] for a write,
     /// [`Error::Unavailable`] for a read.
     FailAfter,
+    /// As [`Fault::FailAfter`], and the store cannot be reached from then on, until
+    /// [`FaultStore::set_down`] says otherwise.
+    CutAfter,
     /// It does not happen, and the caller cannot tell: [`Error::Unknown`] for a
     /// write, [`Error::Unavailable`] for a read.
     Lose,
@@ -291,6 +294,11 @@ impl FaultStore {
             Some(Fault::Refuse) => Err(Error::refused(operation.name(), key, REASON)),
             Some(Fault::FailAfter) => {
                 call().await?;
+                Err(lost())
+            }
+            Some(Fault::CutAfter) => {
+                call().await?;
+                self.down.store(true, Ordering::SeqCst);
                 Err(lost())
             }
             Some(Fault::Lose) => Err(lost()),

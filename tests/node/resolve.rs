@@ -351,14 +351,13 @@ async fn p2_a_torn_tree_is_decided_like_one_that_was_overtaken() {
 async fn p8_a_decision_that_was_carried_out_unheard_is_not_a_conflict_again() {
     let Conflict { first, a, second: _second, b } = conflict(Mode::Shared, WORKLOADS).await;
     let b = b.unwrap();
-    first.store.add(Rule::next(Fault::FailAfter).of(Operation::Create).with_key("/r/"));
     // Nor does it get to look.
-    first.store.add(Rule::next(Fault::FailBefore).of(Operation::Get).with_key("/r/").times(1_000).nth(3));
+    first.store.add(Rule::next(Fault::CutAfter).of(Operation::Create).with_key("/r/"));
     let answer = resolve(&a, &OURS).await.unwrap();
     assert_eq!(answer.state, ReleaseState::Pending, "{answer:?}");
     let claim = claim_at_last(&b, "alice").await;
     assert_eq!(b.read(&claim, "notes").as_deref(), Some("ours"));
-    first.store.clear();
+    first.store.set_down(false);
     wait_for("the first server finds its state saved", || state_of(&a, "alice").is_none()).await;
     b.write(&claim, "notes", "later");
     durable(&b, "alice").await;
