@@ -143,7 +143,9 @@ fn explained(failure: &Failure) -> String {
         Failure::Client(error) => text += &causes(error),
         Failure::Usage(_) => text += "\nFor more information, try '--help'.\n",
         Failure::Input { .. } => {}
-        Failure::Findings(findings) | Failure::Scripts(findings) => text = format!("{}\n", findings.trim_end()),
+        Failure::Findings(findings) | Failure::Scripts(findings) => {
+            text = format!("{}\n", findings.trim_end())
+        }
         // Many problems at once stand on a line each, causes indented beneath.
         Failure::Process(problem) => {
             let line = |line: &str| match line.starts_with(' ') {
