@@ -245,6 +245,10 @@ fn tree(root: &Path) -> Tree {
     found
 }
 
+/// By how much the span from which a kill's moment is drawn grows past what was seen: kills come
+/// in every part of a move, its end included.
+const LONGER: f64 = 1.25;
+
 /// Draws numbers: splitmix64 of the seed.
 struct Seed(u64);
 
@@ -321,7 +325,11 @@ async fn in_store(prefix: &str) -> Option<Tree> {
 
 fn same(found: Option<&Tree>, expected: Option<&Tree>, when: &str) {
     let none = Tree::new();
-    let (found, expected) = (found.unwrap_or(&none), expected.unwrap_or(&none));
+    let (mut found, expected) = (found.unwrap_or(&none), expected.unwrap_or(&none));
+    // A first claim whose container a kill took may have been saved as it was: empty.
+    if expected.is_empty() && found.keys().all(|path| path.as_os_str().is_empty()) {
+        found = expected;
+    }
     let paths: std::collections::BTreeSet<_> = found.keys().chain(expected.keys()).collect();
     let differ: Vec<_> = paths.into_iter().filter(|path| found.get(*path) != expected.get(*path)).collect();
     let shown: Vec<_> =
@@ -366,13 +374,14 @@ async fn p2_p7_kill_9_in_fills_and_captures_loses_nothing_acknowledged() {
         node.tell("claim");
         if matches!(node.answer(seed.moment(a_fill)), Answer::None) {
             cut_fills += 1;
+            a_fill = a_fill.mul_f64(LONGER);
         }
         node.kill();
         node = Process::start(&dir, &prefix).await;
         node.ask("settle", &dir);
         same(in_store(&prefix).await.as_ref(), acknowledged.as_ref(), &when("after a kill in a fill"));
         let (state, elapsed) = node.ask("claim", &dir);
-        a_fill = a_fill.max(elapsed);
+        a_fill = a_fill.min(elapsed.mul_f64(LONGER));
         let state = PathBuf::from(state);
         if let Some(acknowledged) = &acknowledged {
             same(Some(&tree(&state)), Some(acknowledged), &when("in the slot"));
@@ -385,9 +394,12 @@ async fn p2_p7_kill_9_in_fills_and_captures_loses_nothing_acknowledged() {
         match node.answer(seed.moment(a_capture)) {
             Answer::Line(line) => {
                 assert_eq!(line, "durable");
-                a_capture = begun.elapsed();
+                a_capture = begun.elapsed().mul_f64(LONGER);
             }
-            Answer::None => cut_captures += 1,
+            Answer::None => {
+                cut_captures += 1;
+                a_capture = a_capture.mul_f64(LONGER);
+            }
         }
         node.kill();
         node = Process::start(&dir, &prefix).await;

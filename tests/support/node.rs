@@ -229,11 +229,18 @@ impl TestNode {
 
     /// Waits until every slot is ready or claimed, and as many are ready as are wanted.
     pub async fn settle(&self) {
-        wait_for("the pools are settled", || {
-            self.node.tenancy.pools().iter().all(|pool| pool.ready >= pool.target)
-                && self.phases().iter().all(|phase| matches!(*phase, "ready" | "claimed"))
-        })
-        .await;
+        let began = std::time::Instant::now();
+        loop {
+            let (pools, phases) = (self.node.tenancy.pools(), self.phases());
+            if pools.iter().all(|pool| pool.ready >= pool.target)
+                && phases.iter().all(|phase| matches!(*phase, "ready" | "claimed"))
+            {
+                return;
+            }
+            let is_late = began.elapsed() >= Duration::from_secs(60);
+            assert!(!is_late, "waited in vain until the pools are settled: {phases:?}, {pools:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Checks that every container, directory and row has an owner: P7.
