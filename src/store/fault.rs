@@ -4,6 +4,7 @@
 //! wrapper also counts calls, for tests that say how many there may be.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -96,6 +97,8 @@ pub struct Rule {
 #[derive(Default)]
 struct Script {
     rules: Vec<(Rule, u64)>,
+    /// By the first part of the key.
+    met: BTreeMap<String, u64>,
     held: Vec<Held>,
 }
 
@@ -250,6 +253,12 @@ impl FaultStore {
         Ok(count)
     }
 
+    /// Returns how many calls came in whose keys begin with the folder `first`, failed ones
+    /// included.
+    pub fn calls_in(&self, first: &str) -> u64 {
+        self.lock().met.get(first).copied().unwrap_or(0)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Script> {
         self.script.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -257,10 +266,12 @@ impl FaultStore {
     /// Counts a call and returns what it meets.
     fn meet(&self, operation: Operation, key: &str) -> Option<Fault> {
         self.calls[operation as usize].fetch_add(1, Ordering::SeqCst);
+        let mut script = self.lock();
+        let first = key.split('/').next().unwrap_or(key);
+        *script.met.entry(first.to_owned()).or_default() += 1;
         if self.down.load(Ordering::SeqCst) {
             return Some(Fault::FailBefore);
         }
-        let mut script = self.lock();
         let mut met = None;
         for (rule, seen) in &mut script.rules {
             if rule.matches(operation, key) {
